@@ -1,0 +1,109 @@
+"""The one interface of all rewards, and their registry by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gardo.types import RewardOutput, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """What a caller must know of a reward before it calls it.
+
+    Attributes:
+        higher_is_better: the direction; training always maximises ``scores`` when True and
+            ``-scores`` otherwise.
+        value_range: smallest and largest possible score, None for an open end.
+        needs_prompt: whether the score depends on the prompt or its metadata.
+        batch_size: the largest batch that the reward wants to see at once; None for any.
+    """
+
+    higher_is_better: bool = True
+    value_range: tuple[float | None, float | None] = (None, None)
+    needs_prompt: bool = True
+    batch_size: int | None = None
+
+
+class Reward(ABC):
+    """Scores images; subclasses set `spec` and implement `score`."""
+
+    spec: ClassVar[RewardSpec] = RewardSpec()
+
+    @abstractmethod
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> RewardOutput:
+        """Score a batch.
+
+        Args:
+            images: ``[B, 3, H, W]`` float in [0, 1], on any device.
+            prompts: ``B`` prompt texts.
+            metadata: ``B`` metadata records of the prompts.
+
+        Returns:
+            scores ``[B]`` float32 on the device of ``images``; NaN where scoring failed.
+        """
+
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> str | None:
+        """Return why this reward cannot judge the prompt, or None; asked at load time."""
+        return None
+
+
+# name -> "module:class"; a class is imported only when a recipe asks for it.
+_REGISTRY: dict[str, str] = {
+    "count": "gardo.rewards.shapes:CountReward",
+    "shape_fit": "gardo.rewards.shapes:ShapeFitReward",
+    "clean": "gardo.rewards.shapes:CleanlinessReward",
+    "strict_count": "gardo.rewards.shapes:StrictCountReward",
+    "artifact": "gardo.rewards.shapes:ArtifactReward",
+    "judge": "gardo.rewards.judge:JudgeReward",
+}
+
+
+def reward_names() -> list[str]:
+    """Names of the built-in rewards."""
+    return sorted(_REGISTRY)
+
+
+def build_reward(name: str, device: torch.device | str = "cpu", **parameters: Any) -> Reward:
+    """Build a reward by registry name or by Python path ``module:attribute``.
+
+    The attribute is called with ``device`` and the recipe's parameters and must return a `Reward`.
+
+    Raises:
+        UserError: unknown name, module or attribute, or a result that is no `Reward`.
+    """
+    target = _REGISTRY.get(name, name)
+    if ":" not in target:
+        near = difflib.get_close_matches(name, _REGISTRY, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(
+            f"unknown reward '{name}'{hint} (built in: {', '.join(reward_names())}; "
+            "or a Python path 'module:attribute')"
+        )
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # a dependency of the reward is missing: its own message says which
+        raise UserError(f"reward '{name}': no module named '{module_name}'") from error
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        raise UserError(f"reward '{name}': module '{module_name}' has no '{attribute}'")
+    reward = factory(device=device, **parameters)
+    if not isinstance(reward, Reward):
+        raise UserError(
+            f"reward '{name}': expected a gardo.rewards.Reward, got {type(reward).__name__}"
+        )
+    return reward

@@ -1,0 +1,61 @@
+"""Plain data types shared by every layer; nothing here imports another part of gardo."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: reported as one message, without a traceback.
+
+    Entry points print ``str(error)`` and exit with code 2.
+    """
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt with the metadata that rule-based rewards need (GenEval records, counts, ...)."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RewardOutput:
+    """What a reward returns for a batch.
+
+    Attributes:
+        scores: ``[B]`` float32. NaN marks a sample that could not be scored; it is masked
+            through shaping, never counted as 0.
+        details: optional further measurements, each ``[B]``, shown in reports.
+    """
+
+    scores: Tensor
+    details: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class PromptEmbeds:
+    """Conditioning of a batch of prompts: named tensors that share their first dimension ``[B, ...]``.
+
+    Models name the tensors as their transformer does (``encoder_hidden_states``, ...).
+    """
+
+    tensors: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def select(self, rows: Tensor | Sequence[int] | slice) -> PromptEmbeds:
+        """Return the given rows (an index tensor, a list of ints or a slice)."""
+        index = list(rows) if isinstance(rows, Sequence) else rows
+        return PromptEmbeds({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def to(self, *args: Any, **kwargs: Any) -> PromptEmbeds:
+        """Move or cast every tensor as ``Tensor.to`` does."""
+        return PromptEmbeds({name: t.to(*args, **kwargs) for name, t in self.tensors.items()})
