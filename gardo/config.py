@@ -1,0 +1,435 @@
+"""The typed configuration: one model per area, loaded from a recipe, a YAML file and overrides.
+
+This module imports neither torch nor diffusers, so that ``--help`` and errors are instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from gardo.types import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+def _names(value: Any) -> Any:
+    """Accept "a,b" for a list of names, as typed on a command line."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
+
+
+def _clip_range(value: Any) -> Any:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    numbers = [p for p in parts if isinstance(p, (int, float)) and not isinstance(p, bool) and p > 0]
+    if len(numbers) != len(parts) or (parts is value and len(parts) != 2):
+        raise ValueError("expected a positive number or a pair [low, high] of them")
+    return tuple(float(n) for n in numbers) if parts is value else float(numbers[0])
+
+
+Names = Annotated[list[str], BeforeValidator(_names)]
+ClipRange = Annotated[float | tuple[float, float], BeforeValidator(_clip_range)]
+
+
+class Section(BaseModel):
+    # strict: "12" is no number and 1 is no bool; YAML has already told the types apart
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+def key(default: Any, description: str) -> Any:
+    """A documented key; the description is what ``--help`` prints."""
+    return Field(default=default, description=description)
+
+
+def section(model: type[Section], description: str) -> Any:
+    return Field(default_factory=model, description=description)
+
+
+class LoraConfig(Section):
+    rank: Positive = key(16, "rank of the LoRA matrices")
+    alpha: PositiveFloat = key(32.0, "LoRA scale numerator; the scale is alpha / rank")
+    targets: Names | None = key(None, "module names that get LoRA; null: the family's own list")
+
+
+class ModelConfig(Section):
+    path: str = key("builtin:tiny", "hub id, folder, or builtin:tiny")
+    revision: str | None = key(None, "hub revision")
+    variant: str | None = key(None, "weight variant, such as fp16")
+    family: Literal["auto", "sd3"] = key("auto", "model family; auto reads model_index.json")
+    max_sequence_length: Positive = key(128, "T5 tokens per prompt")
+    full_finetune: bool = key(False, "train all transformer weights instead of LoRA")
+    gradient_checkpointing: bool = key(False, "recompute activations to save memory")
+    lora: LoraConfig = section(LoraConfig, "low-rank adapters")
+
+
+class PromptsConfig(Section):
+    path: str | None = key(None, "prompt file: .txt (a prompt a line) or .jsonl; null: generator")
+    generator: Literal["shapes"] | None = key(None, "built-in prompts")
+    per_epoch: Positive = key(8, "P, distinct prompts per epoch")
+    group_size: Annotated[int, Field(ge=2)] = key(16, "G, samples per prompt")
+
+
+class SamplingConfig(Section):
+    num_steps: Annotated[int, Field(ge=2)] = key(10, "denoising steps of a rollout")
+    guidance_scale: NonNegativeFloat = key(1.0, "guidance; 1 or less switches CFG off")
+    noise_level: Annotated[float, Field(gt=0.0, le=2.0)] = key(0.7, "eta of the SDE")
+    sde: Literal["flow", "cps", "dance"] = key("flow", "SDE variant")
+    sde_window: NonNegative = key(0, "noise and training on this many steps only; 0: all")
+    sde_window_range: Annotated[tuple[int, int] | None, BeforeValidator(_pair)] = key(
+        None, "first and last+1 step that the window may cover; null: the first half"
+    )
+    resolution: Positive | None = key(None, "image side in pixels; null: the model's own")
+    batch_size: Positive = key(64, "samples per forward in rollout and reference pass")
+    same_latent: bool = key(False, "start all samples of a prompt from the same latent")
+    cuda_graph: Literal["auto", "on", "off"] = key("auto", "capture the sampler; auto: if possible")
+
+
+class RewardsConfig(Section):
+    proxy: str = key("count", "the reward that is trained on: a name or module:attribute")
+    aux: Names = key([], "auxiliary rewards that the gate consults")
+    eval: Names = key([], "held-out rewards, never trained on")
+    parameters: dict[str, dict[str, Any]] = key({}, "keyword arguments per reward name")
+    features: str | None = key(None, "feature extractor for diversity")
+
+
+class GateConfig(Section):
+    mode: Literal["paper", "official", "all", "off"] = key(
+        "paper", "which samples get the KL penalty"
+    )
+    fraction: Fraction = key(0.1, "initial share of samples with U >= 0 that are gated")
+    adaptive: bool = key(True, "adapt the fraction to the trend of the uncertainty")
+    scope: Literal["batch", "group"] = key("batch", "win rates over the batch or the prompt group")
+
+
+class ReferenceConfig(Section):
+    kl_threshold: NonNegativeFloat = key(3e-4, "reset when the epoch's KL exceeds this; 0: never")
+    reset_every: NonNegative = key(10, "reset at least every so many epochs; 0: never")
+
+
+class AlgorithmConfig(Section):
+    name: Literal["grpo"] = key("grpo", "the policy-gradient algorithm")
+    compat: Literal["paper", "official"] = key(
+        "paper", "official: defaults of gate.mode, kl_scale and kl_reduction as the official code"
+    )
+    kl_coef: NonNegativeFloat = key(0.1, "weight of the KL penalty; 0: no reference pass")
+    kl_scale: Literal["exact", "official"] = key("exact", "variance in the KL")
+    kl_reduction: Literal["gated", "batch"] = key("gated", "KL averaged over gated or all samples")
+    clip_range: ClipRange = key(
+        1e-4, "PPO clip range, or [low, high]"
+    )
+    adv_clip: PositiveFloat = key(5.0, "advantages are clamped to +- this")
+    advantage_norm: Literal["none", "group_std", "global_std"] = key(
+        "none", "what centred rewards are divided by"
+    )
+    diversity: bool = key(True, "multiply positive advantages by the nearest-neighbour distance")
+    gate: GateConfig = section(GateConfig, "which samples are penalised")
+    reference: ReferenceConfig = section(ReferenceConfig, "when the reference policy is reset")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _official_defaults(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("compat") == "official":
+            gate = data.get("gate") or {}
+            data = {"kl_scale": "official", "kl_reduction": "gated", **data}
+            data["gate"] = {"mode": "official", **gate} if isinstance(gate, Mapping) else gate
+        return data
+
+
+class TrainConfig(Section):
+    batch_size: Positive = key(64, "samples per forward and backward")
+    updates_per_epoch: Positive = key(2, "optimizer steps per epoch")
+    learning_rate: PositiveFloat = key(3e-4, "AdamW learning rate")
+    adam_beta1: Fraction = key(0.9, "AdamW beta1")
+    adam_beta2: Fraction = key(0.999, "AdamW beta2")
+    adam_eps: PositiveFloat = key(1e-8, "AdamW epsilon")
+    weight_decay: NonNegativeFloat = key(1e-4, "AdamW weight decay")
+    max_grad_norm: PositiveFloat = key(1.0, "gradient clipping")
+    timestep_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = key(
+        0.4, "share of the steps that are trained"
+    )
+    timestep_selection: Literal["random", "first"] = key(
+        "random", "which steps: random ones per epoch, or the first ones"
+    )
+    ema: bool = key(False, "keep an exponential moving average of the policy and export it")
+    ema_decay: Fraction = key(0.9, "decay of the average")
+    ema_every: Positive = key(8, "optimizer steps between two averages")
+
+
+class EvaluationConfig(Section):
+    every: NonNegative = key(0, "epochs between held-out evaluations; 0: at start and end only")
+    samples_per_prompt: Annotated[int, Field(ge=2)] = key(4, "images per prompt")
+    max_prompts: Positive = key(40, "prompts judged, the first ones")
+    num_steps: Annotated[int, Field(ge=2)] = key(20, "denoising steps, without noise")
+    guidance_scale: NonNegativeFloat | None = key(None, "null: as in sampling")
+    grid_images: NonNegative = key(24, "images in a grid; 0: no grids")
+    seed: NonNegative = key(1234, "seed of the images, the same at every evaluation")
+
+
+class Config(Section):
+    """The whole run. Attributes are the areas of the command line."""
+
+    seed: NonNegative = key(42, "seed of everything random")
+    output_dir: str = key("runs/{recipe}", "run folder; {recipe} is replaced")
+    overwrite: bool = key(False, "replace the contents of an existing run folder")
+    epochs: NonNegative = key(40, "epochs: one rollout and its updates each")
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "where to run")
+    precision: Literal["fp32", "fp16", "bf16"] = key("fp32", "of the frozen weights and matmuls")
+    threads: NonNegative = key(0, "CPU threads; 0: torch's default")
+    model: ModelConfig = section(ModelConfig, "what is fine-tuned")
+    prompts: PromptsConfig = section(PromptsConfig, "what is drawn")
+    sampling: SamplingConfig = section(SamplingConfig, "how rollouts are made")
+    rewards: RewardsConfig = section(RewardsConfig, "what scores the images")
+    algorithm: AlgorithmConfig = section(AlgorithmConfig, "GARDO's parts and their switches")
+    train: TrainConfig = section(TrainConfig, "optimisation")
+    evaluation: EvaluationConfig = section(EvaluationConfig, "held-out evaluation and pictures")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        for problem in _contradictions(self):
+            raise ValueError(problem)
+        return self
+
+
+def _contradictions(c: Config) -> Iterator[str]:
+    if (c.prompts.path is None) == (c.prompts.generator is None):
+        yield "prompts: expected exactly one of prompts.path and prompts.generator"
+    samples = c.prompts.per_epoch * c.prompts.group_size
+    if c.train.updates_per_epoch > samples:
+        yield (
+            f"train.updates_per_epoch: expected at most per_epoch x group_size = {samples}, "
+            f"got {c.train.updates_per_epoch}"
+        )
+    window, steps = c.sampling.sde_window, c.sampling.num_steps
+    if window > steps:
+        yield f"sampling.sde_window: expected at most num_steps = {steps}, got {window}"
+    if c.sampling.sde_window_range is not None:
+        low, high = c.sampling.sde_window_range
+        if not 0 <= low < high <= steps or high - low < window:
+            yield (
+                "sampling.sde_window_range: expected 0 <= first < last <= num_steps that holds "
+                f"the window of {window}, got [{low}, {high}]"
+            )
+    gate = c.algorithm.gate
+    if c.algorithm.kl_coef > 0 and gate.mode in ("paper", "official") and not c.rewards.aux:
+        yield (
+            f"algorithm.gate.mode: '{gate.mode}' needs at least one auxiliary reward "
+            "(rewards.aux); without one use gate.mode all or off"
+        )
+    if c.algorithm.diversity and c.rewards.features is None:
+        yield "algorithm.diversity: needs rewards.features (what distances are measured in)"
+    if c.rewards.proxy in c.rewards.aux:
+        yield f"rewards.aux: '{c.rewards.proxy}' is the proxy and cannot judge itself"
+    if c.model.full_finetune and c.precision == "fp16":
+        yield "model.full_finetune: expected precision fp32 or bf16, got fp16"
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def recipe_names() -> list[str]:
+    """Names of the built-in recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_description(name: str) -> str:
+    """The first comment line of a built-in recipe."""
+    first = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.removeprefix("#").strip()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises UserError with the file and the place of the mistake."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (safe subclass)
+    except FileNotFoundError:
+        raise UserError(f"config file '{path}' does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file '{path}' cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config file '{path}' is not valid YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"config file '{path}': expected a mapping of keys, got {_kind(data)}")
+    return data
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number (YAML 1.1 takes it for a string)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str) -> Any:
+    """Read a command-line value as YAML does: numbers, true/false, null, lists, else a string."""
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (safe subclass)
+    except yaml.YAMLError:
+        return text
+
+
+def load_config(
+    recipe: str = "tiny",
+    files: Sequence[Path] = (),
+    overrides: Sequence[tuple[str, str]] = (),
+) -> Config:
+    """Merge a recipe, further YAML files and dotted overrides, in this order, and validate.
+
+    Args:
+        recipe: name of a built-in recipe, or path of a YAML file.
+        files: YAML files whose keys win over the recipe's.
+        overrides: ``(dotted key, text)`` pairs that win over everything.
+
+    Raises:
+        UserError: unknown recipe or key, wrong type or range, contradictory options.
+    """
+    data = read_yaml(_recipe_path(recipe))
+    for file in files:
+        _merge(data, read_yaml(file))
+    for dotted, text in overrides:
+        parts = dotted.split(".")
+        value: Any = text if _takes_text(dotted) else parse_value(text)
+        for part in reversed(parts):
+            value = {part: value}
+        _merge(data, value)
+    config = validate(data)
+    name = Path(recipe).stem
+    return config.model_copy(update={"output_dir": config.output_dir.replace("{recipe}", name)})
+
+
+def _takes_text(dotted: str) -> bool:
+    """Whether the key is a plain string, so that ``--output_dir 2026`` stays one."""
+    return any(name == dotted and field.annotation is str for name, field in iter_keys())
+
+
+def _recipe_path(recipe: str) -> Path:
+    if recipe in recipe_names():
+        return RECIPES / f"{recipe}.yaml"
+    if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+        return Path(recipe)
+    near = difflib.get_close_matches(recipe, recipe_names(), n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise UserError(
+        f"unknown recipe '{recipe}'{hint} (built in: {', '.join(recipe_names())}; or a YAML path)"
+    )
+
+
+def validate(data: Mapping[str, Any]) -> Config:
+    """Check a nested mapping against the schema; UserError names the key, the need and the value."""
+    _check_keys(data)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The complete configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def iter_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key with its pydantic field, sections expanded."""
+    for name, field in model.model_fields.items():
+        if _is_section(field.annotation):
+            yield from iter_keys(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{name}", field
+
+
+def type_name(annotation: Any) -> str:
+    """How ``--help`` prints a type: ``int``, ``a|b|c``, ``list``."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return type_name(get_args(annotation)[0])
+    if origin is Literal:
+        return "|".join(str(a) for a in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return "|".join("null" if a is type(None) else type_name(a) for a in get_args(annotation))
+    if origin is not None:
+        return origin.__name__
+    return str(getattr(annotation, "__name__", annotation))
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> None:
+    for name, value in update.items():
+        if isinstance(value, Mapping) and isinstance(base.get(name), dict):
+            _merge(base[name], value)
+        else:
+            base[name] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _check_keys(data: Mapping[str, Any], model: type[BaseModel] = Config, prefix: str = "") -> None:
+    """Refuse unknown keys with the nearest valid one, before types are looked at."""
+    for name, value in data.items():
+        dotted = f"{prefix}{name}"
+        field = model.model_fields.get(str(name))
+        if field is None:
+            known = [k for k, _ in iter_keys()]
+            near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
+            if not near:  # the right name in the wrong area
+                near = [k for k in known if k.rsplit(".", 1)[-1] == str(name)][:1]
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"unknown key '{dotted}'{hint} (see --help for all keys)")
+        if _is_section(field.annotation):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{dotted}: expected a section with keys, got {value!r}")
+            _check_keys(value, field.annotation, f"{dotted}.")  # type: ignore[arg-type]
+
+
+def _explain(error: ValidationError) -> str:
+    """One sentence for the first problem: the key, what was expected and what came."""
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    where = []
+    for part in first["loc"]:  # the path ends where a union or list of pydantic's own begins
+        if isinstance(part, str) and part.isidentifier():
+            where.append(part)
+        else:
+            break
+    message = message.replace("Input should be", "expected", 1)
+    return f"{'.'.join(where)}: {message}, got {first.get('input')!r}"
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__

@@ -1,0 +1,192 @@
+"""The policy and its frozen reference on one transformer: LoRA adapters, or two full copies."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gardo.config import ModelConfig
+from gardo.models.base import FlowModel
+from gardo.types import UserError
+
+POLICY, REFERENCE = "policy", "reference"
+
+
+class LoraAdapters:
+    """Several LoRA adapters on one frozen transformer, of which ``policy`` is trained.
+
+    All adapters start equal. Parameters are float32 whatever the base's precision.
+    """
+
+    def __init__(
+        self, model: FlowModel, config: ModelConfig, seed: int, names: Sequence[str]
+    ) -> None:
+        from peft import LoraConfig
+
+        lora = config.lora
+        targets = list(lora.targets or model.lora_targets)
+        peft_config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=targets,
+            init_lora_weights="gaussian",
+        )
+        self.transformer: Any = model.transformer
+        self.peft_config = peft_config
+        with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
+            torch.manual_seed(seed)
+            for name in names:
+                try:
+                    with warnings.catch_warnings():
+                        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                        self.transformer.add_adapter(copy.deepcopy(peft_config), name)
+                except ValueError as error:
+                    raise UserError(
+                        f"model.lora.targets: no module of {type(self.transformer).__name__} "
+                        f"matches {targets}"
+                    ) from error
+        self._layers = [m for m in self.transformer.modules() if _is_lora_layer(m)]
+        # by name, not by requires_grad: adding an adapter freezes the others
+        self._parameters = {name: dict(self._named(name)) for name in names}
+        for parameters in self._parameters.values():
+            for parameter in parameters.values():
+                parameter.data = parameter.data.float()
+        for name in names:
+            if name != POLICY:
+                self.copy(POLICY, name)
+        self.activate(POLICY)
+
+    def _named(self, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.transformer.named_parameters():
+            if f".{adapter}." in name and ".lora_" in name:
+                yield name.replace(f".{adapter}.", "."), parameter
+
+    def parameters(self, adapter: str = POLICY) -> dict[str, nn.Parameter]:
+        """Parameters of an adapter by a name that is the same for all adapters."""
+        return self._parameters[adapter]
+
+    def activate(self, adapter: str) -> None:
+        for layer in self._layers:
+            layer.set_adapter(adapter, inference_mode=adapter != POLICY)
+
+    @contextmanager
+    def use(self, adapter: str) -> Iterator[None]:
+        """Run the transformer with another adapter inside the block."""
+        self.activate(adapter)
+        try:
+            yield
+        finally:
+            self.activate(POLICY)
+
+    @torch.no_grad()
+    def copy(self, source: str, target: str) -> None:
+        """Overwrite the target adapter's weights with the source's."""
+        for name, parameter in self._parameters[target].items():
+            parameter.copy_(self._parameters[source][name])
+
+    def state_dict(self, adapter: str) -> dict[str, Tensor]:
+        """Detached copies of an adapter's weights."""
+        return {n: p.detach().clone() for n, p in self._parameters[adapter].items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, adapter: str, state: Mapping[str, Tensor]) -> None:
+        """Load weights saved by `state_dict`; ValueError names what does not fit."""
+        load_exactly(self._parameters[adapter], state, f"adapter '{adapter}'")
+
+    def export(self, model: FlowModel, folder: str) -> None:
+        """Write the policy as diffusers' ``pytorch_lora_weights.safetensors``."""
+        weights = {
+            name.replace(".default.", "."): parameter.detach().cpu().contiguous()
+            for name, parameter in self._parameters[POLICY].items()
+        }
+        model.save_lora(folder, weights, _plain_config(self.peft_config))
+
+
+class FullCopies:
+    """Full fine-tuning: the transformer is the policy, each frozen companion a copy of it.
+
+    Master weights are float32, as LoRA parameters are; autocast gives the working precision.
+    """
+
+    def __init__(self, model: FlowModel, names: Sequence[str]) -> None:
+        self.transformer = model.transformer
+        self._model = model
+        self.transformer.float().requires_grad_(True)
+        self._modules = {POLICY: self.transformer}
+        for name in names:
+            if name != POLICY:
+                self._modules[name] = copy.deepcopy(self.transformer).requires_grad_(False)
+
+    def parameters(self, adapter: str = POLICY) -> dict[str, nn.Parameter]:
+        return dict(self._modules[adapter].named_parameters())
+
+    @contextmanager
+    def use(self, adapter: str) -> Iterator[None]:
+        self._model.transformer = self._modules[adapter]
+        try:
+            yield
+        finally:
+            self._model.transformer = self.transformer
+
+    @torch.no_grad()
+    def copy(self, source: str, target: str) -> None:
+        self._modules[target].load_state_dict(self._modules[source].state_dict())
+
+    def state_dict(self, adapter: str) -> dict[str, Tensor]:
+        return {n: t.detach().clone() for n, t in self.parameters(adapter).items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, adapter: str, state: Mapping[str, Tensor]) -> None:
+        load_exactly(self.parameters(adapter), state, f"weights of '{adapter}'")
+
+    def export(self, model: FlowModel, folder: str) -> None:
+        """Write the policy's transformer as diffusers' own folder."""
+        self.transformer.save_pretrained(f"{folder}/transformer")  # type: ignore[operator]
+
+
+Adapters = LoraAdapters | FullCopies
+
+
+def build_adapters(model: FlowModel, config: ModelConfig, seed: int) -> Adapters:
+    """The policy and the reference as the configuration asks for them."""
+    names = (POLICY, REFERENCE)
+    if config.full_finetune:
+        return FullCopies(model, names)
+    return LoraAdapters(model, config, seed, names)
+
+
+def load_exactly(
+    parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str
+) -> None:
+    """Copy a state dict into parameters of the same names and shapes, or raise ValueError."""
+    if parameters.keys() != state.keys():
+        missing, extra = parameters.keys() - state.keys(), state.keys() - parameters.keys()
+        raise ValueError(
+            f"{what}: {len(missing)} tensors missing and {len(extra)} not expected, "
+            f"such as '{min(missing | extra)}'"
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != state[name].shape:
+            raise ValueError(
+                f"{what}: '{name}': expected shape {tuple(parameter.shape)}, "
+                f"got {tuple(state[name].shape)}"
+            )
+        parameter.copy_(state[name])
+
+
+def _is_lora_layer(module: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def _plain_config(peft_config: Any) -> dict[str, Any]:
+    """The PEFT configuration as JSON values."""
+    plain = peft_config.to_dict()
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in plain.items()}
