@@ -1,0 +1,41 @@
+"""Fused kernels for online RL on diffusion and flow models.
+
+Every op takes and gives torch tensors, checks its arguments, and runs on the best backend that is
+available (``backend=None``) or on the one named. Needs torch alone.
+"""
+
+from gardo_kernels._backends import BackendUnavailable
+from gardo_kernels.adaptive import AdaptiveFraction
+from gardo_kernels.ops.grpo_loss import GRPOLoss, grpo_loss
+from gardo_kernels.ops.nearest_neighbor import nearest_neighbor_distance
+from gardo_kernels.ops.nft_loss import NFTLoss, nft_loss
+from gardo_kernels.ops.sde import (
+    SDECoefficients,
+    SDEStep,
+    sde_coefficients,
+    sde_log_prob,
+    sde_step,
+)
+from gardo_kernels.ops.shape_rewards import ShapedRewards, shape_rewards
+from gardo_kernels.ops.win_rate import win_rate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptiveFraction",
+    "BackendUnavailable",
+    "GRPOLoss",
+    "NFTLoss",
+    "SDECoefficients",
+    "SDEStep",
+    "ShapedRewards",
+    "__version__",
+    "grpo_loss",
+    "nearest_neighbor_distance",
+    "nft_loss",
+    "sde_coefficients",
+    "sde_log_prob",
+    "sde_step",
+    "shape_rewards",
+    "win_rate",
+]

@@ -1,0 +1,1 @@
+"""One folder per op: argument checks in ``__init__``, the oracle in ``reference``."""

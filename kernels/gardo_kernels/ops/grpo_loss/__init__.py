@@ -1,0 +1,140 @@
+"""The GRPO loss of one micro-batch and timestep, with gated KL."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from gardo_kernels import _backends, _checks
+from gardo_kernels.ops.grpo_loss import reference
+from gardo_kernels.ops.sde import SDECoefficients, check_density, check_velocities
+
+__all__ = ["GRPOLoss", "grpo_loss"]
+
+_BACKENDS: dict[str, _backends.Availability] = {"reference": _backends.always}
+_KL_REDUCTIONS = ("gated", "batch")
+
+
+class GRPOLoss(NamedTuple):
+    """Result of :func:`grpo_loss`. Only ``loss`` carries a gradient."""
+
+    loss: Tensor
+    policy_loss: Tensor
+    kl: Tensor
+    log_prob: Tensor
+    ratio: Tensor
+    clip_fraction: Tensor
+
+
+def grpo_loss(
+    velocity: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    coef: SDECoefficients,
+    clip_range: float | tuple[float, float] = 1e-4,
+    adv_clip: float = 5.0,
+    gate: Tensor | None = None,
+    ref_velocity: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_reduction: str = "gated",
+    velocity_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    backend: str | None = None,
+) -> GRPOLoss:
+    """Clipped policy loss plus ``kl_coef`` times the gated KL::
+
+        A      = clamp(advantage, -adv_clip, adv_clip)
+        r      = exp(log_prob - old_log_prob)
+        policy = mean(max(-A*r, -A*clamp(r, 1-eps_low, 1+eps_high)))
+        loss   = policy + kl_coef * KL
+
+    Args:
+        velocity, sample, prev_sample: ``[B, ...]``, as in ``sde_log_prob``.
+        old_log_prob: ``[B]`` from ``sde_step`` at sampling time.
+        advantage: ``[B]``. A sample with advantage 0 adds nothing to the policy loss.
+        coef: coefficients of the step(s), 0-d or ``[B]`` fields.
+        clip_range: epsilon, or ``(eps_low, eps_high)``.
+        adv_clip: advantages are clamped to ``[-adv_clip, adv_clip]``.
+        gate: bool ``[B]``, the samples with a KL penalty; None means all of them.
+        ref_velocity: ``[B, ...]`` velocity of the reference policy (after guidance, if any). Rows
+            outside the gate may hold anything. Without it there is no KL.
+        kl_coef: weight of the KL; a non-zero weight needs ``ref_velocity``.
+        kl_reduction: ``gated``: mean over the gated samples; ``batch``: their sum over B. Both are
+            0 with no gradient when no sample is gated.
+        velocity_uncond, guidance_scale: classifier-free guidance, as in ``sde_step``.
+        backend: None for the best available, or a name.
+
+    Returns:
+        0-d ``loss``, ``policy_loss``, ``kl`` (without ``kl_coef``) and ``clip_fraction`` (share of
+        ratios outside the clip range), ``[B]`` ``log_prob`` and ``ratio``; float32, or float64 if
+        a latent input is float64. ``loss`` is differentiable in ``velocity`` and
+        ``velocity_uncond`` only. For equal velocities ``ratio`` is exactly 1. An empty batch has
+        loss 0.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape, dtype, device or value, or coefficients of kind
+            ``ode``, which have no density.
+        BackendUnavailable: the backend asked for cannot run here.
+    """
+    check_velocities(velocity, sample, coef, velocity_uncond, guidance_scale)
+    check_density(coef)
+    batch, device = velocity.shape[0], velocity.device
+    _checks.latents("prev_sample", prev_sample, like=velocity)
+    _checks.per_sample("old_log_prob", old_log_prob, batch, device)
+    _checks.per_sample("advantage", advantage, batch, device)
+    eps = _clip_bounds(clip_range)
+    _checks.number("adv_clip", adv_clip, low=0.0, exclusive_low=True)
+    check_kl(velocity, gate, ref_velocity, kl_coef)
+    _checks.choice("kl_reduction", kl_reduction, _KL_REDUCTIONS)
+    _backends.select("grpo_loss", backend, device, _BACKENDS)
+    dtype = _checks.compute_dtype(velocity, sample, prev_sample, velocity_uncond, ref_velocity)
+    loss, *rest = reference.grpo_loss(
+        velocity,
+        sample,
+        prev_sample,
+        old_log_prob,
+        advantage,
+        coef,
+        eps,
+        float(adv_clip),
+        gate,
+        ref_velocity,
+        float(kl_coef),
+        kl_reduction,
+        velocity_uncond,
+        float(guidance_scale),
+        dtype,
+    )
+    return GRPOLoss(loss, *(value.detach() for value in rest))
+
+
+def check_kl(
+    velocity: Tensor, gate: Tensor | None, ref_velocity: Tensor | None, kl_coef: float
+) -> None:
+    """Checks shared by the losses with a gated KL."""
+    if gate is not None:
+        _checks.mask("gate", gate, velocity.shape[0], velocity.device)
+    _checks.number("kl_coef", kl_coef, low=0.0)
+    if ref_velocity is not None:
+        _checks.latents("ref_velocity", ref_velocity, like=velocity)
+    elif kl_coef != 0:
+        raise ValueError(f"ref_velocity: expected a tensor for kl_coef {kl_coef}, got None")
+
+
+def _clip_bounds(clip_range: Any) -> tuple[float, float]:
+    """``(eps_low, eps_high)``."""
+    if isinstance(clip_range, (tuple, list)):
+        if len(clip_range) != 2:
+            raise ValueError(
+                f"clip_range: expected a number or (low, high), got {len(clip_range)} values"
+            )
+        low, high = clip_range
+    else:
+        low = high = clip_range
+    return (
+        _checks.number("clip_range", low, low=0.0, high=1.0),
+        _checks.number("clip_range", high, low=0.0),
+    )

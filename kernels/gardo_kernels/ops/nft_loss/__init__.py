@@ -1,0 +1,105 @@
+"""The DiffusionNFT loss of one micro-batch and timestep, with gated KL."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from gardo_kernels import _backends, _checks
+from gardo_kernels.ops.grpo_loss import check_kl
+from gardo_kernels.ops.nft_loss import reference
+
+__all__ = ["NFTLoss", "nft_loss"]
+
+_BACKENDS: dict[str, _backends.Availability] = {"reference": _backends.always}
+_KL_WHEN_UNGATED = ("none", "all")
+
+
+class NFTLoss(NamedTuple):
+    """Result of :func:`nft_loss`. Only ``loss`` carries a gradient."""
+
+    loss: Tensor
+    policy_loss: Tensor
+    kl: Tensor
+
+
+def nft_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    x0: Tensor,
+    xt: Tensor,
+    t: Tensor,
+    advantage: Tensor,
+    beta: float = 1.0,
+    adv_clip: float = 5.0,
+    gate: Tensor | None = None,
+    ref_velocity: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_when_ungated: str = "none",
+    backend: str | None = None,
+) -> NFTLoss:
+    """DiffusionNFT: draw ``v`` to good samples and away from bad ones, on the forward process::
+
+        r  = clamp(A/(2*adv_clip) + 1/2, 0, 1)
+        v+ = beta*v + (1-beta)*v_old          v- = (1+beta)*v_old - beta*v
+        x0^ = x_t - t*v±                      l± = mean((x0^ - x0)^2) / max(mean|x0^ - x0|, 1e-5)
+        loss = mean(adv_clip * (r*l+ + (1-r)*l-)/beta) + kl_coef * KL
+
+    The weight ``mean|x0^ - x0|`` carries no gradient. KL is the mean over the gated samples of the
+    mean square difference of ``velocity`` and ``ref_velocity``.
+
+    Args:
+        velocity, old_velocity: ``[B, ...]`` of the policy and the behaviour policy at ``xt``.
+        x0, xt: ``[B, ...]`` clean latents and ``(1-t)*x0 + t*noise``.
+        t: ``[B]`` or 0-d, in ``[0, 1]``.
+        advantage: ``[B]``.
+        beta: guidance strength of the implicit policies, > 0.
+        adv_clip: advantage that counts as fully preferred, > 0.
+        gate: bool ``[B]``, the samples with a KL penalty; None means all of them.
+        ref_velocity: ``[B, ...]``; rows outside the gate may hold anything.
+        kl_coef: weight of the KL; a non-zero weight needs ``ref_velocity``.
+        kl_when_ungated: when no sample is gated: ``none`` adds no KL, ``all`` penalises every
+            sample (which is what published code did).
+        backend: None for the best available, or a name.
+
+    Returns:
+        0-d ``loss``, ``policy_loss``, ``kl`` (without ``kl_coef``); float32, or float64 if a latent
+        input is float64. ``loss`` is differentiable in ``velocity`` only. Empty batch: 0.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape, dtype, device or value.
+        BackendUnavailable: the backend asked for cannot run here.
+    """
+    _checks.latents("velocity", velocity)
+    batch, device = velocity.shape[0], velocity.device
+    for name, value in (("old_velocity", old_velocity), ("x0", x0), ("xt", xt)):
+        _checks.latents(name, value, like=velocity)
+    _checks.floating("t", t)
+    if t.dim() == 0:
+        _checks.same_device("t", t, device)
+    else:
+        _checks.shaped("t", t, (batch,), device)
+    _checks.per_sample("advantage", advantage, batch, device)
+    _checks.number("beta", beta, low=0.0, exclusive_low=True)
+    _checks.number("adv_clip", adv_clip, low=0.0, exclusive_low=True)
+    check_kl(velocity, gate, ref_velocity, kl_coef)
+    _checks.choice("kl_when_ungated", kl_when_ungated, _KL_WHEN_UNGATED)
+    _backends.select("nft_loss", backend, device, _BACKENDS)
+    dtype = _checks.compute_dtype(velocity, old_velocity, x0, xt, ref_velocity)
+    loss, policy_loss, kl = reference.nft_loss(
+        velocity,
+        old_velocity,
+        x0,
+        xt,
+        t,
+        advantage,
+        float(beta),
+        float(adv_clip),
+        gate,
+        ref_velocity,
+        float(kl_coef),
+        kl_when_ungated,
+        dtype,
+    )
+    return NFTLoss(loss, policy_loss.detach(), kl.detach())

@@ -1,0 +1,141 @@
+"""Rewards of one epoch to advantages, uncertainties and the gate, in one call."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gardo_kernels import _backends, _checks, _native
+from gardo_kernels.ops.shape_rewards import reference
+
+__all__ = ["ShapedRewards", "shape_rewards"]
+
+ADVANTAGE_NORMS = ("none", "group_std", "global_std")
+GATES = ("paper", "official", "all", "off")
+SCOPES = ("batch", "group")
+
+
+class ShapedRewards(NamedTuple):
+    """Result of :func:`shape_rewards`."""
+
+    advantage: Tensor
+    uncertainty: Tensor
+    gate: Tensor
+    threshold: Tensor
+    mean_uncertainty: Tensor
+
+
+_BACKENDS: dict[str, _backends.Availability] = {
+    "native": _backends.native_cpu,
+    "reference": _backends.always,
+}
+
+
+def shape_rewards(
+    proxy: Tensor,
+    aux: Tensor,
+    group_ids: Tensor,
+    distance: Tensor | None = None,
+    fraction: float | Tensor = 0.1,
+    advantage_norm: str = "none",
+    gate: str = "paper",
+    scope: str = "batch",
+    backend: str | None = None,
+) -> ShapedRewards:
+    """Advantages, uncertainties and gate of the N samples of one epoch.
+
+    Args:
+        proxy: ``[N]`` floating, the reward being optimised.
+        aux: ``[K, N]`` floating, auxiliary rewards; K may be 0 (then no sample is uncertain).
+        group_ids: int64 ``[N]`` in any order, one id per prompt.
+        distance: ``[N]`` floating, cosine distance to the nearest neighbour of the group; None
+            leaves the advantages without a diversity factor.
+        fraction: share of the samples with non-negative uncertainty to gate, in ``[0, 1]``; a
+            number, or a 0-d floating tensor (whose value is not checked on an accelerator).
+        advantage_norm: ``none``: reward minus group mean; ``group_std``, ``global_std``: divided
+            by the (population) standard deviation + 1e-4.
+        gate: ``paper``: samples that the proxy over-rates, U = proxy win rate minus mean auxiliary
+            win rate, strictly above the ``1 - fraction`` quantile of the non-negative U;
+            ``official``: the same rule on U = descending ordinal rank by the proxy minus mean rank
+            by the auxiliaries, in ranks, as published code has it (it gates what the proxy
+            under-rates); ``all``; ``off``.
+        scope: ``batch`` ranks a sample against all others, ``group`` against its group. The
+            quantile is over the batch in both.
+        backend: None for the best available, ``native`` or ``reference``.
+
+    Returns:
+        ``advantage`` and ``uncertainty`` ``[N]``, ``gate`` bool ``[N]``, 0-d ``threshold`` (the
+        quantile) and ``mean_uncertainty`` (of the non-negative U, which drives the adaptive
+        fraction). Computed in float64; returned in float64 for a float64 proxy, else float32.
+
+        A sample with a non-finite proxy, auxiliary or distance takes no part: advantage 0,
+        uncertainty 0, not gated, and left out of every mean and ranking. Positive advantages are
+        multiplied by distance / mean distance of the group, or by 1 where that mean is 0. Without
+        any valid sample ``threshold`` and ``mean_uncertainty`` are 0.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape, dtype, device or value.
+        BackendUnavailable: the backend asked for cannot run here.
+    """
+    _check_rewards(proxy, aux, group_ids, distance)
+    fraction = _check_fraction(fraction)
+    _checks.choice("advantage_norm", advantage_norm, ADVANTAGE_NORMS)
+    _checks.choice("gate", gate, GATES)
+    _checks.choice("scope", scope, SCOPES)
+    chosen = _backends.select("shape_rewards", backend, proxy.device, _BACKENDS)
+
+    proxy64, aux64 = proxy.detach().to(torch.float64), aux.detach().to(torch.float64)
+    distance64 = None if distance is None else distance.detach().to(torch.float64)
+    usable = proxy64.isfinite() & aux64.isfinite().all(0)
+    if distance64 is not None:
+        usable &= distance64.isfinite()
+    proxy64 = proxy64.masked_fill(~usable, torch.nan)
+    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    if chosen == "native":
+        result = _native.shape_rewards(
+            proxy64.contiguous(),
+            aux64.contiguous(),
+            group_ids.contiguous(),
+            None if distance64 is None else distance64.contiguous(),
+            float(fraction),
+            advantage_norm,
+            gate,
+            scope,
+        )
+    else:
+        result = reference.shape_rewards(
+            proxy64, aux64, group_ids, distance64, fraction, advantage_norm, gate, scope
+        )
+    advantage, uncertainty, mask, threshold, mean = result
+    dtype = _checks.compute_dtype(proxy)
+    return ShapedRewards(
+        advantage.to(dtype), uncertainty.to(dtype), mask, threshold.to(dtype), mean.to(dtype)
+    )
+
+
+def _check_rewards(proxy: Any, aux: Any, group_ids: Any, distance: Any) -> None:
+    _checks.floating("proxy", proxy)
+    if proxy.dim() != 1:
+        raise ValueError(f"proxy: expected shape [N], got {list(proxy.shape)}")
+    count, device = proxy.shape[0], proxy.device
+    _checks.floating("aux", aux)
+    if aux.dim() != 2 or aux.shape[1] != count:
+        raise ValueError(f"aux: expected shape [K, {count}], got {list(aux.shape)}")
+    _checks.same_device("aux", aux, device)
+    _checks.group_ids(group_ids, count, device)
+    if distance is not None:
+        _checks.per_sample("distance", distance, count, device)
+
+
+def _check_fraction(fraction: Any) -> float | Tensor:
+    if not isinstance(fraction, Tensor):
+        return _checks.number("fraction", fraction, low=0.0, high=1.0)
+    _checks.floating("fraction", fraction)
+    if fraction.numel() != 1:
+        raise ValueError(f"fraction: expected one value, got shape {list(fraction.shape)}")
+    fraction = fraction.detach().reshape(())
+    if fraction.device.type == "cpu":
+        return _checks.number("fraction", fraction.item(), low=0.0, high=1.0)
+    return fraction
