@@ -141,7 +141,7 @@ def _float64_table(
 ) -> SDECoefficients:
     dt = s_next - s
     if kind == "flow":
-        std = eta * torch.sqrt(s_std / (1 - s_std))
+        std = eta * torch.sqrt(s / (1 - s_std))
         a = 1 + std**2 * dt / (2 * s)
         b = (1 + std**2 * (1 - s) / (2 * s)) * dt
         c = std * torch.sqrt(-dt)
@@ -166,12 +166,26 @@ def _float64_table(
     if kind == "cps":  # its log_prob leaves out every constant
         scale, offset = torch.ones_like(s), torch.zeros_like(s)
     else:
-        scale, offset = gaussian_log_prob_terms(c)
+        scale, offset = _gaussian_terms(c)
     spread = c if kl_scale == "exact" else std
     return SDECoefficients(a, b, c, scale, offset, b**2 / (2 * spread**2), std, kind)
 
 
-def gaussian_log_prob_terms(c: Tensor) -> tuple[Tensor, Tensor]:
+def gaussian_coefficients(a: Tensor, b: Tensor, c: Tensor) -> SDECoefficients:
+    """Coefficients of kind ``affine``: any Gaussian step ``prev = a*x + b*v + c*z``.
+
+    ``a``, ``b`` and ``c`` share shape ``[]`` or ``[B]``, device and dtype. Lets other samplers use
+    the same kernels.
+    """
+    wide_b, wide_c = b.to(torch.float64), c.to(torch.float64)
+    scale, offset = _gaussian_terms(wide_c)
+    kl = wide_b**2 / (2 * wide_c**2)
+    return SDECoefficients(
+        a, b, c, scale.to(a.dtype), offset.to(a.dtype), kl.to(a.dtype), std=c, kind="affine"
+    )
+
+
+def _gaussian_terms(c: Tensor) -> tuple[Tensor, Tensor]:
     """``scale`` and ``offset`` of a normal density with standard deviation ``c``."""
     return 1 / (2 * c**2), -torch.log(c) - 0.5 * math.log(2 * math.pi)
 

@@ -105,7 +105,9 @@ def _threshold(
     count = eligible.sum()
     ordered = torch.where(eligible, uncertainty, torch.inf).sort().values
     last = (count - 1).clamp(min=0)
-    position = (1 - torch.as_tensor(fraction, device=zero.device).to(torch.float64)) * last
+    if isinstance(fraction, Tensor):
+        fraction = fraction.to(torch.float64)
+    position = (1 - fraction) * last.to(torch.float64)
     lower = position.floor().to(torch.int64)
     upper = torch.minimum(lower + 1, last)
     quantile = torch.lerp(ordered[lower], ordered[upper], position - lower)
