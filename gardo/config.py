@@ -185,6 +185,9 @@ class EvaluationConfig(Section):
     num_steps: Annotated[int, Field(ge=2)] = key(20, "denoising steps, without noise")
     guidance_scale: NonNegativeFloat | None = key(None, "null: as in sampling")
     grid_images: NonNegative = key(24, "images in a grid; 0: no grids")
+    reference_images: Literal["shapes"] | None = key(
+        None, "real images for the feature distance; shapes: rendered ones"
+    )
     seed: NonNegative = key(1234, "seed of the images, the same at every evaluation")
 
 
@@ -237,6 +240,11 @@ def _contradictions(c: Config) -> Iterator[str]:
         yield (
             f"algorithm.gate.mode: '{gate.mode}' needs at least one auxiliary reward "
             "(rewards.aux); without one use gate.mode all or off"
+        )
+    if gate.adaptive and gate.mode in ("paper", "official") and not 0.02 <= gate.fraction <= 0.2:
+        yield (
+            "algorithm.gate.fraction: an adaptive fraction moves in [0.02, 0.2]; expected a start "
+            f"within it (or algorithm.gate.adaptive false), got {gate.fraction}"
         )
     if c.algorithm.diversity and c.rewards.features is None:
         yield "algorithm.diversity: needs rewards.features (what distances are measured in)"

@@ -1,0 +1,110 @@
+"""The reference policy: its velocities on the gated rows, and when it is reset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gardo.config import ReferenceConfig
+from gardo.models.adapters import REFERENCE, Adapters
+from gardo.sampling.rollout import Rollout, Sampler
+
+
+@dataclass(frozen=True)
+class ReferenceVelocities:
+    """Guided reference velocities of the gated rows, kept for all updates of the epoch.
+
+    Attributes:
+        velocity: ``[num_trained_steps, num_gated, *latent_shape]``.
+        slot: ``[n]`` int64, where a gated row stands in ``velocity``; 0 for the others.
+    """
+
+    velocity: Tensor
+    slot: Tensor
+
+    def rows(self, step_index: int, rows: Tensor) -> Tensor:
+        """``[len(rows), ...]``; rows that are not gated hold a value that must not be used."""
+        return self.velocity[step_index, self.slot[rows]]
+
+
+def reference_pass(
+    sampler: Sampler,
+    adapters: Adapters,
+    rollout: Rollout,
+    gated_rows: Sequence[int],
+    steps: Sequence[int],
+) -> ReferenceVelocities | None:
+    """Run the reference on the gated rows of an epoch, once, at every trained step.
+
+    All (row, step) pairs are packed into full batches, so a gated share of f costs f of the
+    forwards that an ungated pass would. Returns None if no row is gated.
+    """
+    if not gated_rows:
+        return None
+    device, count = rollout.latents.device, len(gated_rows)
+    # allocated outside inference mode, because training saves it for backward
+    velocity = torch.empty((len(steps), count, *sampler.latent_shape), device=device)
+    flat = velocity.flatten(0, 1)
+    pairs = [(step, row) for step in steps for row in gated_rows]
+    with adapters.use(REFERENCE), torch.inference_mode():
+        for start in range(0, len(pairs), sampler.batch_size):
+            batch = pairs[start : start + sampler.batch_size]
+            step = torch.tensor([s for s, _ in batch], device=device)
+            row = torch.tensor([r for _, r in batch], device=device)
+            v, v_uncond = sampler.velocity(
+                rollout.latents[step, row],
+                rollout.table.timesteps[step],
+                [rollout.prompts[r] for _, r in batch],
+            )
+            if v_uncond is not None:
+                v = v_uncond + sampler.guidance_scale * (v - v_uncond)
+            flat[start : start + len(batch)] = v
+    slot = torch.zeros(len(rollout), dtype=torch.int64, device=device)
+    slot[torch.tensor(gated_rows, device=device)] = torch.arange(count, device=device)
+    return ReferenceVelocities(velocity, slot)
+
+
+class AdaptiveReference:
+    """Decides after each epoch whether the reference becomes the current policy."""
+
+    def __init__(self, config: ReferenceConfig) -> None:
+        self.config = config
+        self.epochs_since_reset = 0
+
+    def update(self, kl: float | None) -> bool:
+        """Count an epoch and return whether to reset.
+
+        Args:
+            kl: the epoch's mean KL over gated samples; None if no sample was gated.
+        """
+        self.epochs_since_reset += 1
+        threshold, period = self.config.kl_threshold, self.config.reset_every
+        too_far = threshold > 0 and kl is not None and kl > threshold
+        too_old = period > 0 and self.epochs_since_reset >= period
+        if too_far or too_old:
+            self.epochs_since_reset = 0
+        return too_far or too_old
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs_since_reset": self.epochs_since_reset}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epochs_since_reset = int(state["epochs_since_reset"])
+
+
+def trained_steps(stochastic: Sequence[int], fraction: float, selection: str, seed: int) -> list[int]:
+    """The steps of an epoch that are trained: ``fraction`` of all stochastic ones, at least one.
+
+    ``first`` takes the earliest, as the official code does; ``random`` draws them per epoch.
+    """
+    count = max(1, int(len(stochastic) * fraction + 1e-9))
+    if selection == "first":
+        return list(stochastic[:count])
+    order = torch.randperm(len(stochastic), generator=torch.Generator().manual_seed(seed))
+    return sorted(stochastic[i] for i in order[:count].tolist())
+
+

@@ -1,0 +1,83 @@
+"""One process or many: device, gathering of rows, gradient synchronisation; through accelerate."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gardo.types import UserError
+
+
+class Runtime:
+    """What the training loop needs to know of the processes it runs on."""
+
+    def __init__(self, device: str = "auto", precision: str = "fp32", threads: int = 0) -> None:
+        resolved = resolve_device(device)
+        if precision == "fp16" and resolved == "cpu":
+            raise UserError("precision: fp16 needs a GPU; on a CPU use fp32 or bf16")
+        if threads:
+            torch.set_num_threads(threads)
+        from accelerate import Accelerator
+
+        mixed = {"fp32": "no"}.get(precision, precision)
+        self.accelerator: Any = Accelerator(cpu=resolved == "cpu", mixed_precision=mixed)
+        self.device: torch.device = self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def gather(self, rows: Tensor, sample_ids: Tensor, total: int) -> Tensor:
+        """Collect every process's rows in the order of their sample ids.
+
+        Args:
+            rows: ``[n, ...]`` of this process.
+            sample_ids: ``[n]`` int64, where each row stands in the result.
+            total: rows over all processes.
+
+        Returns:
+            ``[total, ...]`` on this process's device, the same on all processes.
+        """
+        ids = sample_ids.to(rows.device)
+        if self.world_size > 1:
+            padded = self.accelerator.pad_across_processes(rows, dim=0)
+            ids = self.accelerator.pad_across_processes(ids, dim=0, pad_index=-1)
+            rows, ids = self.accelerator.gather(padded), self.accelerator.gather(ids)
+            rows, ids = rows[ids >= 0], ids[ids >= 0]
+        out = rows.new_empty((total, *rows.shape[1:]))
+        out[ids] = rows
+        return out
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over processes."""
+        return self.accelerator.reduce(value, "sum") if self.world_size > 1 else value
+
+    def max(self, value: Tensor) -> Tensor:
+        """Maximum over processes."""
+        return self.accelerator.gather(value.reshape(1)).max() if self.world_size > 1 else value
+
+    def hardware(self) -> str:
+        """In words, for reports."""
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+            return f"{self.world_size} x {name}"
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def resolve_device(device: str) -> str:
+    """Turn ``auto`` into what is there. UserError for ``cuda`` without a GPU."""
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise UserError("device: expected cpu or auto, got 'cuda', but torch sees no CUDA device")
+    return ("cuda" if available else "cpu") if device == "auto" else device

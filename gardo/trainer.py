@@ -1,0 +1,199 @@
+"""The training loop: prompts, rollout, score, shape, reference pass, update, refresh, track."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gardo.algorithms.ema import EMA
+from gardo.algorithms.grpo import GRPO, TrainingData, UpdateStats
+from gardo.algorithms.reference import AdaptiveReference, reference_pass, trained_steps
+from gardo.algorithms.shaping import ShapedEpoch, Shaper
+from gardo.config import Config
+from gardo.data.prompts import PromptSampler, load_prompts
+from gardo.evaluation.heldout import HeldOutEvaluator
+from gardo.models.adapters import POLICY, REFERENCE, build_adapters
+from gardo.models.embeddings import EmbeddingTable
+from gardo.models.loading import load_model
+from gardo.rewards.scoring import RewardSet, ScoreBook
+from gardo.runtime.images import image_grid, save_grid
+from gardo.runtime.process import Runtime
+from gardo.runtime.progress import EpochProgress
+from gardo.runtime.rng import derive_seed
+from gardo.runtime.run_folder import RunFolder, peak_memory_bytes
+from gardo.sampling.plan import plan_epoch
+from gardo.sampling.rollout import Rollout, Sampler, sde_window, step_table
+
+
+class Trainer:
+    """Fine-tunes one model with one recipe; everything it needs is built here and checked."""
+
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config = config
+        self.runtime = runtime
+        prompts = load_prompts(config.prompts)
+        self.rewards = RewardSet(config.rewards, runtime.device)
+        self.rewards.check_prompts(prompts)
+        self.model = load_model(config.model, runtime.device, config.precision)
+        self.resolution = config.sampling.resolution or self.model.default_resolution
+        self.prompt_sampler = PromptSampler(prompts, config.prompts.per_epoch, config.seed)
+        self.embeddings = EmbeddingTable(self.model, [p.text for p in prompts])
+        self.model.release_text_encoders()
+
+        self.adapters = build_adapters(self.model, config.model, derive_seed(config.seed, "lora"))
+        policy = self.adapters.parameters(POLICY)
+        train = config.train
+        self.optimizer = torch.optim.AdamW(
+            policy.values(),
+            lr=train.learning_rate,
+            betas=(train.adam_beta1, train.adam_beta2),
+            eps=train.adam_eps,
+            weight_decay=train.weight_decay,
+        )
+        self.model.transformer, self.optimizer = runtime.accelerator.prepare(
+            self.model.transformer, self.optimizer
+        )
+        self.ema = EMA(policy, train) if train.ema else None
+        self.sampler = Sampler(
+            self.model,
+            self.embeddings,
+            self.resolution,
+            config.sampling.guidance_scale,
+            config.sampling.batch_size,
+        )
+        self.schedule = self.model.schedule(config.sampling.num_steps, self.resolution)
+        self.shaper = Shaper(config.algorithm, self.rewards)
+        self.grpo = GRPO(
+            config.algorithm, train, self.sampler, self.adapters, self.optimizer, runtime
+        )
+        self.adaptive_reference = AdaptiveReference(config.algorithm.reference)
+        self.evaluator = HeldOutEvaluator(
+            config, self.model, self.embeddings, self.rewards, prompts, self.resolution
+        )
+
+    def train(self, folder: RunFolder) -> None:
+        """Run all epochs; metrics, pictures and the export go to the run folder as they come."""
+        config = self.config
+        with (
+            EpochProgress(
+                config.epochs, config.rewards.proxy, enabled=self.runtime.is_main
+            ) as self.progress,
+            folder.metrics() as metrics,
+            folder.evaluations() as self.evaluations,
+        ):
+            self.evaluate(folder, 0, "start")
+            for epoch in range(config.epochs):
+                row = self.run_epoch(epoch)
+                metrics.write({"epoch": epoch, **self.progress.finish_epoch(epoch, row)})
+                every, done = config.evaluation.every, epoch + 1
+                if every and done % every == 0 and done < config.epochs:
+                    self.evaluate(folder, done, "during")
+            if config.epochs:
+                self.evaluate(folder, config.epochs, "end")
+            with self.progress.stage("save"):
+                self.export(folder)
+
+    def run_epoch(self, epoch: int) -> dict[str, Any]:
+        """One rollout and its updates; returns the epoch's metrics."""
+        config, stage = self.config, self.progress.stage
+        rows_before = self.model.rows
+        with stage("prompts"):
+            prompts = self.prompt_sampler.epoch(epoch)
+        with stage("rollout"):
+            rollout, book = self.roll_out_and_score(epoch, prompts)
+        rows_rollout = self.model.rows - rows_before
+        with stage("shape"):
+            shaped = self.shaper(book, rollout.plan, self.runtime)
+        with stage("reference"):
+            data = self.training_data(epoch, rollout, shaped)
+        rows_reference = self.model.rows - rows_before - rows_rollout
+        with stage("update"):
+            stats = UpdateStats()
+            for index in range(config.train.updates_per_epoch):
+                self.grpo.update(data, index, stats)
+                if self.ema is not None:
+                    self.ema.step()
+            update_metrics, kl = stats.metrics(self.runtime)
+            reset = self.adaptive_reference.update(kl)
+            if reset:
+                self.adapters.copy(POLICY, REFERENCE)
+        samples = config.prompts.per_epoch * config.prompts.group_size
+        return {
+            **shaped.metrics,
+            **update_metrics,
+            "reference/reset": int(reset),
+            "forwards/policy": self.model.rows - rows_before - rows_reference,
+            "forwards/reference": rows_reference,
+            "images_per_second": samples / self.progress.timer.metrics()["time/epoch"],
+        }
+
+    def roll_out_and_score(self, epoch: int, prompts: list) -> tuple[Rollout, ScoreBook]:
+        """Sample the epoch's images, each batch scored as soon as it is drawn."""
+        config, sampling = self.config, self.config.sampling
+        plan = plan_epoch(
+            config.prompts.per_epoch,
+            config.prompts.group_size,
+            config.train.updates_per_epoch,
+            self.runtime.rank,
+            self.runtime.world_size,
+        )
+        table = step_table(
+            self.schedule,
+            self.runtime.device,
+            kind=sampling.sde,
+            noise_level=sampling.noise_level,
+            kl_scale=config.algorithm.kl_scale,
+            window=sde_window(sampling, config.seed, epoch),
+        )
+        rollout, filled = self.sampler.rollout(
+            plan, [p.text for p in prompts], table, config.seed, epoch, sampling.same_latent
+        )
+        book, index = ScoreBook(), plan.prompt_index.tolist()
+        for rows in filled:
+            images = self.model.decode(rollout.latents[-1, rows])
+            with self.progress.stage("score"):
+                some = [prompts[i] for i in index[rows]]
+                features = self.rewards.features(images) if self.rewards.features else None
+                book.add(self.rewards.score(self.rewards.training_names, images, some), features)
+            self.progress.within_stage(rows.stop, len(rollout))
+        return rollout, book
+
+    def training_data(self, epoch: int, rollout: Rollout, shaped: ShapedEpoch) -> TrainingData:
+        """Choose the steps to train and run the reference on the gated rows."""
+        train = self.config.train
+        steps = trained_steps(
+            rollout.table.stochastic,
+            train.timestep_fraction,
+            train.timestep_selection,
+            derive_seed(self.config.seed, "steps", epoch),
+        )
+        reference = reference_pass(self.sampler, self.adapters, rollout, shaped.gated_rows, steps)
+        return TrainingData(rollout, shaped, reference, steps)
+
+    def evaluate(self, folder: RunFolder, epoch: int, name: str) -> None:
+        """Held-out evaluation after ``epoch`` epochs, with a grid of the same seeds."""
+        with self.progress.stage("evaluate"):
+            result = self.evaluator()
+            self.evaluations.write({"epoch": epoch, "name": name, **result.metrics})
+            if len(result.images):
+                title = f"{name}, after {epoch} epochs"
+                columns = max(1, round(len(result.images) ** 0.5 * 1.3))
+                grid = image_grid(result.images, result.captions, columns, title=title)
+                save_grid(folder.images, grid, epoch, title)
+        self.progress.timer.reset()
+
+    def export(self, folder: RunFolder) -> None:
+        """Write the policy (its average, if there is one) for plain diffusers, and the summary."""
+        if self.ema is not None:
+            with self.ema.swapped_in():
+                self.adapters.export(self.model, str(folder.export))
+        else:
+            self.adapters.export(self.model, str(folder.export))
+        trainable = sum(p.numel() for p in self.adapters.parameters().values())
+        folder.write_summary(
+            hardware=self.runtime.hardware(),
+            world_size=self.runtime.world_size,
+            trainable_parameters=trainable,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
