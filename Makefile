@@ -1,0 +1,48 @@
+PYTHON ?= python
+BUILD := build
+
+.PHONY: help install test lint format bench test-gpu bench-gpu aot asan clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install:  ## editable install with everything that the tests and the linters need
+	$(PYTHON) -m pip install -c constraints.txt -e '.[test,lint]'
+
+test:  ## all tests
+	$(PYTHON) -m pytest
+
+lint:  ## what CI checks without running anything
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+	clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+format:  ## formats Python and C++ in place
+	ruff check --fix .
+	ruff format .
+	clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+bench:  ## benchmarks on this machine
+	$(PYTHON) -m pytest benchmarks --benchmark-only
+
+test-gpu:  ## the tests that need a CUDA device
+	$(PYTHON) -m pytest -m gpu
+
+bench-gpu:  ## the benchmarks that need a CUDA device
+	$(PYTHON) -m pytest benchmarks --benchmark-only -m gpu
+
+aot:  ## compiles every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU
+	$(PYTHON) -m gardo_kernels.aot
+
+asan:  ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	cmake -S . -B $(BUILD)/asan -DCMAKE_BUILD_TYPE=Debug -DGARDO_PYTHON=OFF -DGARDO_CUDA=OFF \
+	  -DGARDO_CORE_TESTS=ON -DGARDO_SANITIZE=ON
+	cmake --build $(BUILD)/asan --parallel
+	$(BUILD)/asan/gardo_core_tests
+
+clean:  ## build outputs and caches
+	rm -rf $(BUILD) dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f kernels/gardo_kernels/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

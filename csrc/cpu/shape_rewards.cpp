@@ -1,0 +1,235 @@
+#include "shape_rewards.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace gardo {
+namespace {
+
+using std::int64_t;
+
+struct Keyed {
+  double key;
+  int64_t index;
+};
+
+// Sample indices ordered by group (and within a group by index); `start` delimits the groups.
+struct Groups {
+  std::vector<int64_t> order;
+  std::vector<int64_t> start;
+
+  int64_t count() const { return static_cast<int64_t>(start.size()) - 1; }
+};
+
+Groups sort_groups(const int64_t* ids, int64_t n) {
+  std::vector<std::pair<int64_t, int64_t>> keyed(n);
+  for (int64_t i = 0; i < n; ++i) keyed[i] = {ids[i], i};
+  if (!std::is_sorted(keyed.begin(), keyed.end())) std::sort(keyed.begin(), keyed.end());
+  Groups groups;
+  groups.order.resize(n);
+  for (int64_t i = 0; i < n; ++i) {
+    groups.order[i] = keyed[i].second;
+    if (i == 0 || keyed[i].first != keyed[i - 1].first) groups.start.push_back(i);
+  }
+  groups.start.push_back(n);
+  return groups;
+}
+
+Groups single_group(int64_t n) {
+  Groups all;
+  all.order.resize(n);
+  for (int64_t i = 0; i < n; ++i) all.order[i] = i;
+  all.start = {0, n};
+  return all;
+}
+
+// A sample takes part when its proxy and all its auxiliary rewards are numbers.
+std::vector<std::uint8_t> valid_samples(const ShapeRewardsParams& p) {
+  std::vector<std::uint8_t> valid(p.num_samples);
+  for (int64_t i = 0; i < p.num_samples; ++i) {
+    bool ok = !std::isnan(p.proxy[i]);
+    for (int64_t k = 0; k < p.num_aux && ok; ++k) ok = !std::isnan(p.aux[k * p.num_samples + i]);
+    valid[i] = ok;
+  }
+  return valid;
+}
+
+// Mean and population variance of `values` over the valid members of `members`.
+struct Moments {
+  int64_t count = 0;
+  double mean = 0.0;
+  double variance = 0.0;
+};
+
+Moments moments(const double* values, const int64_t* members, int64_t n,
+                const std::vector<std::uint8_t>& valid) {
+  Moments m;
+  double sum = 0.0;
+  for (int64_t j = 0; j < n; ++j) {
+    if (!valid[members[j]]) continue;
+    sum += values[members[j]];
+    ++m.count;
+  }
+  if (m.count == 0) return m;
+  m.mean = sum / static_cast<double>(m.count);
+  double squares = 0.0;
+  for (int64_t j = 0; j < n; ++j) {
+    if (!valid[members[j]]) continue;
+    const double centred = values[members[j]] - m.mean;
+    squares += centred * centred;
+  }
+  m.variance = squares / static_cast<double>(m.count);
+  return m;
+}
+
+constexpr double kStdEps = 1e-4;
+
+void group_advantages(const ShapeRewardsParams& p, const Groups& groups,
+                      const std::vector<std::uint8_t>& valid) {
+  double global_scale = 1.0;
+  if (p.advantage_norm == AdvantageNorm::kGlobalStd) {
+    const Groups all = single_group(p.num_samples);
+    const Moments m = moments(p.proxy, all.order.data(), p.num_samples, valid);
+    global_scale = std::sqrt(m.variance) + kStdEps;
+  }
+#pragma omp parallel for num_threads(p.num_threads) schedule(static) if (p.num_samples > 8192)
+  for (int64_t g = 0; g < groups.count(); ++g) {
+    const int64_t* members = groups.order.data() + groups.start[g];
+    const int64_t n = groups.start[g + 1] - groups.start[g];
+    const Moments reward = moments(p.proxy, members, n, valid);
+    const double scale = p.advantage_norm == AdvantageNorm::kGroupStd
+                             ? std::sqrt(reward.variance) + kStdEps
+                             : global_scale;
+    double mean_distance = 0.0;
+    if (p.distance != nullptr) mean_distance = moments(p.distance, members, n, valid).mean;
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t i = members[j];
+      if (!valid[i]) {
+        p.advantage[i] = 0.0;
+        continue;
+      }
+      double advantage = (p.proxy[i] - reward.mean) / scale;
+      // Identical images (mean distance 0) carry no information about diversity: factor 1.
+      if (mean_distance > 0.0 && advantage >= 0.0) advantage *= p.distance[i] / mean_distance;
+      p.advantage[i] = advantage;
+    }
+  }
+}
+
+// Twice the number of wins of each valid member, a tie counting one half: an exact integer.
+void doubled_wins(const double* reward, const int64_t* members, int64_t n,
+                  const std::vector<std::uint8_t>& valid, Keyed* scratch, int64_t* wins) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    if (valid[members[j]]) scratch[count++] = {reward[members[j]], members[j]};
+  }
+  std::sort(scratch, scratch + count, [](const Keyed& a, const Keyed& b) { return a.key < b.key; });
+  for (int64_t begin = 0, end = 0; begin < count; begin = end) {
+    while (end < count && scratch[end].key == scratch[begin].key) ++end;
+    for (int64_t j = begin; j < end; ++j) wins[scratch[j].index] = 2 * begin + (end - begin - 1);
+  }
+}
+
+// 1-based ranks, best first, equal rewards in sample order: what the official gate ranks by.
+void descending_ranks(const double* reward, const int64_t* members, int64_t n,
+                      const std::vector<std::uint8_t>& valid, Keyed* scratch, int64_t* ranks) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; ++j) {
+    if (valid[members[j]]) scratch[count++] = {reward[members[j]], members[j]};
+  }
+  std::sort(scratch, scratch + count, [](const Keyed& a, const Keyed& b) {
+    return a.key > b.key || (a.key == b.key && a.index < b.index);
+  });
+  for (int64_t j = 0; j < count; ++j) ranks[scratch[j].index] = j + 1;
+}
+
+void uncertainties(const ShapeRewardsParams& p, const Groups& scopes,
+                   const std::vector<std::uint8_t>& valid) {
+  const bool official = p.gate_mode == GateMode::kOfficial;
+  const int64_t n = p.num_samples;
+  const int64_t rewards = p.num_aux + 1;
+  std::vector<int64_t> score(rewards * n);
+  std::vector<Keyed> scratch(rewards * n);
+  const int64_t jobs = scopes.count() * rewards;
+#pragma omp parallel for num_threads(p.num_threads) schedule(dynamic) if (n > 1024)
+  for (int64_t job = 0; job < jobs; ++job) {
+    const int64_t k = job / scopes.count();
+    const int64_t s = job % scopes.count();
+    const int64_t begin = scopes.start[s];
+    const int64_t size = scopes.start[s + 1] - begin;
+    const double* reward = k == 0 ? p.proxy : p.aux + (k - 1) * n;
+    const auto rank = official ? descending_ranks : doubled_wins;
+    rank(reward, scopes.order.data() + begin, size, valid, scratch.data() + k * n + begin,
+         score.data() + k * n);
+  }
+#pragma omp parallel for num_threads(p.num_threads) schedule(static) if (scopes.count() > 1024)
+  for (int64_t s = 0; s < scopes.count(); ++s) {
+    int64_t count = 0;
+    for (int64_t j = scopes.start[s]; j < scopes.start[s + 1]; ++j) count += valid[scopes.order[j]];
+    for (int64_t j = scopes.start[s]; j < scopes.start[s + 1]; ++j) {
+      const int64_t i = scopes.order[j];
+      if (!valid[i] || p.num_aux == 0 || (count < 2 && !official)) {
+        p.uncertainty[i] = 0.0;
+        continue;
+      }
+      int64_t sum_aux = 0;
+      for (int64_t k = 1; k < rewards; ++k) sum_aux += score[k * n + i];
+      // In integers up to here, so that agreement is exactly 0 and ties compare equal.
+      const int64_t gap = p.num_aux * score[i] - sum_aux;
+      const int64_t unit = official ? p.num_aux : 2 * (count - 1) * p.num_aux;
+      p.uncertainty[i] = static_cast<double>(gap) / static_cast<double>(unit);
+    }
+  }
+}
+
+// The q-quantile of `values` by linear interpolation; reorders them.
+double quantile(std::vector<double>& values, double q) {
+  const double position = q * static_cast<double>(values.size() - 1);
+  const auto lower = static_cast<std::size_t>(position);
+  const double weight = position - static_cast<double>(lower);
+  std::nth_element(values.begin(), values.begin() + lower, values.end());
+  const double low = values[lower];
+  if (lower + 1 == values.size()) return low;
+  const double high = *std::min_element(values.begin() + lower + 1, values.end());
+  return weight < 0.5 ? low + (high - low) * weight : high - (high - low) * (1.0 - weight);
+}
+
+void gate_samples(const ShapeRewardsParams& p, const std::vector<std::uint8_t>& valid) {
+  std::vector<double> positive;
+  double sum = 0.0;
+  for (int64_t i = 0; i < p.num_samples; ++i) {
+    if (!valid[i] || !(p.uncertainty[i] >= 0.0)) continue;
+    positive.push_back(p.uncertainty[i]);
+    sum += p.uncertainty[i];
+  }
+  *p.mean_uncertainty = positive.empty() ? 0.0 : sum / static_cast<double>(positive.size());
+  *p.threshold = positive.empty() ? 0.0 : quantile(positive, 1.0 - p.fraction);
+  for (int64_t i = 0; i < p.num_samples; ++i) {
+    switch (p.gate_mode) {
+      case GateMode::kPaper:
+      case GateMode::kOfficial:
+        p.gate[i] = valid[i] && p.uncertainty[i] > *p.threshold;
+        break;
+      case GateMode::kAll:
+        p.gate[i] = valid[i];
+        break;
+      case GateMode::kOff:
+        p.gate[i] = 0;
+        break;
+    }
+  }
+}
+
+}  // namespace
+
+void shape_rewards_cpu(const ShapeRewardsParams& p) {
+  const std::vector<std::uint8_t> valid = valid_samples(p);
+  const Groups groups = sort_groups(p.groups, p.num_samples);
+  group_advantages(p, groups, valid);
+  uncertainties(p, p.scope == RankScope::kBatch ? single_group(p.num_samples) : groups, valid);
+  gate_samples(p, valid);
+}
+
+}  // namespace gardo
