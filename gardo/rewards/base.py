@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -81,29 +81,50 @@ def build_reward(name: str, device: torch.device | str = "cpu", **parameters: An
     The attribute is called with ``device`` and the recipe's parameters and must return a `Reward`.
 
     Raises:
-        UserError: unknown name, module or attribute, or a result that is no `Reward`.
+        UserError: unknown name, module or attribute, a refused parameter value, or a result that
+            is no `Reward`.
     """
-    target = _REGISTRY.get(name, name)
-    if ":" not in target:
-        near = difflib.get_close_matches(name, _REGISTRY, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UserError(
-            f"unknown reward '{name}'{hint} (built in: {', '.join(reward_names())}; "
-            "or a Python path 'module:attribute')"
-        )
-    module_name, _, attribute = target.partition(":")
+    factory = load_factory("reward", name, _REGISTRY)
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise  # a dependency of the reward is missing: its own message says which
-        raise UserError(f"reward '{name}': no module named '{module_name}'") from error
-    factory = getattr(module, attribute, None)
-    if factory is None:
-        raise UserError(f"reward '{name}': module '{module_name}' has no '{attribute}'")
-    reward = factory(device=device, **parameters)
+        reward = factory(device=device, **parameters)
+    except ValueError as error:
+        raise UserError(f"reward '{name}': {error}") from error
     if not isinstance(reward, Reward):
         raise UserError(
             f"reward '{name}': expected a gardo.rewards.Reward, got {type(reward).__name__}"
         )
     return reward
+
+
+def load_factory(kind: str, name: str, registry: Mapping[str, str]) -> Callable[..., Any]:
+    """Import what a registry name or a Python path ``module:attribute`` stands for.
+
+    Args:
+        kind: what is looked for, as error messages call it.
+        name: a key of ``registry`` or a Python path.
+        registry: name -> Python path.
+
+    Raises:
+        UserError: unknown name, module or attribute, or an attribute that cannot be called.
+    """
+    target = registry.get(name, name)
+    module_name, colon, attribute = target.partition(":")
+    if not (module_name and colon and attribute):
+        near = difflib.get_close_matches(name, registry, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(
+            f"unknown {kind} '{name}'{hint} (built in: {', '.join(sorted(registry))}; "
+            "or a Python path 'module:attribute')"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        asked_for = error.name and f"{module_name}.".startswith(f"{error.name}.")
+        if not asked_for:
+            raise  # a dependency of the module is missing: its own message says which
+        raise UserError(f"{kind} '{name}': no module named '{module_name}'") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        problem = "has no" if factory is None else "cannot call its"
+        raise UserError(f"{kind} '{name}': module '{module_name}' {problem} '{attribute}'")
+    return factory
