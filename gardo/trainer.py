@@ -24,6 +24,7 @@ from gardo.runtime.rng import derive_seed
 from gardo.runtime.run_folder import RunFolder, peak_memory_bytes
 from gardo.sampling.plan import plan_epoch
 from gardo.sampling.rollout import Rollout, Sampler, sde_window, step_table
+from gardo.types import Prompt, UserError
 
 
 class Trainer:
@@ -32,6 +33,11 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config = config
         self.runtime = runtime
+        if config.sampling.cuda_graph == "on":
+            raise UserError(
+                "sampling.cuda_graph: 'on' cannot be met: this version samples without CUDA "
+                "graphs; use auto or off"
+            )
         prompts = load_prompts(config.prompts)
         self.rewards = RewardSet(config.rewards, runtime.device)
         self.rewards.check_prompts(prompts)
@@ -128,7 +134,7 @@ class Trainer:
             "images_per_second": samples / self.progress.timer.metrics()["time/epoch"],
         }
 
-    def roll_out_and_score(self, epoch: int, prompts: list) -> tuple[Rollout, ScoreBook]:
+    def roll_out_and_score(self, epoch: int, prompts: list[Prompt]) -> tuple[Rollout, ScoreBook]:
         """Sample the epoch's images, each batch scored as soon as it is drawn."""
         config, sampling = self.config, self.config.sampling
         plan = plan_epoch(
@@ -163,7 +169,7 @@ class Trainer:
         """Choose the steps to train and run the reference on the gated rows."""
         train = self.config.train
         steps = trained_steps(
-            rollout.table.stochastic,
+            rollout.table,
             train.timestep_fraction,
             train.timestep_selection,
             derive_seed(self.config.seed, "steps", epoch),

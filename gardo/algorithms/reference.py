@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gardo.config import ReferenceConfig
 from gardo.models.adapters import REFERENCE, Adapters
-from gardo.sampling.rollout import Rollout, Sampler
+from gardo.sampling.rollout import Rollout, Sampler, StepTable
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,14 @@ class AdaptiveReference:
         self.epochs_since_reset = int(state["epochs_since_reset"])
 
 
-def trained_steps(stochastic: Sequence[int], fraction: float, selection: str, seed: int) -> list[int]:
-    """The steps of an epoch that are trained: ``fraction`` of all stochastic ones, at least one.
+def trained_steps(table: StepTable, fraction: float, selection: str, seed: int) -> list[int]:
+    """The steps of an epoch that are trained: this share of the stochastic ones, at least one.
 
     ``first`` takes the earliest, as the official code does; ``random`` draws them per epoch.
     """
-    count = max(1, int(len(stochastic) * fraction + 1e-9))
+    count = max(1, int(len(table.stochastic) * fraction + 1e-9))
+    candidates = table.trainable
     if selection == "first":
-        return list(stochastic[:count])
-    order = torch.randperm(len(stochastic), generator=torch.Generator().manual_seed(seed))
-    return sorted(stochastic[i] for i in order[:count].tolist())
-
-
+        return list(candidates[:count])
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    return sorted(candidates[i] for i in order[:count].tolist())

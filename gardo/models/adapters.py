@@ -102,7 +102,7 @@ class LoraAdapters:
     def export(self, model: FlowModel, folder: str) -> None:
         """Write the policy as diffusers' ``pytorch_lora_weights.safetensors``."""
         weights = {
-            name.replace(".default.", "."): parameter.detach().cpu().contiguous()
+            name: parameter.detach().cpu().contiguous()
             for name, parameter in self._parameters[POLICY].items()
         }
         model.save_lora(folder, weights, _plain_config(self.peft_config))

@@ -28,13 +28,15 @@ def load_model(config: ModelConfig, device: torch.device, precision: str) -> Flo
     class_name = pipeline_class(path, config)
     family = _family(class_name, config)
     import diffusers
+    import transformers
 
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (diffusers, transformers):  # a bar per component says nothing
+        library.utils.logging.disable_progress_bar()
     pipeline_type: Any = getattr(diffusers, FAMILIES[family][0])
     try:
         pipeline = pipeline_type.from_pretrained(
             path,
-            torch_dtype=DTYPES[precision],
+            dtype=DTYPES[precision],
             revision=config.revision,
             variant=config.variant,
             local_files_only=Path(path).is_dir(),

@@ -41,7 +41,7 @@ def plan_epoch(
     ids, slices, sizes, start = [], [], [], 0
     for u in range(updates):
         first, last = u * total // updates, (u + 1) * total // updates
-        mine = torch.arange(first + rank, last, world_size)
+        mine = torch.tensor(range(first + rank, last, world_size), dtype=torch.int64)
         ids.append(mine)
         slices.append(slice(start, start + len(mine)))
         sizes.append(last - first)

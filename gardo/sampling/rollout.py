@@ -24,11 +24,14 @@ class StepTable:
         timesteps: ``[num_steps]`` float32.
         coefficients: one `SDECoefficients` per step (0-d fields).
         stochastic: the steps with noise, in order; the only ones with a log-prob.
+        trainable: the stochastic steps without the schedule's last, whose transition is so narrow
+            that its log-prob says nothing.
     """
 
     timesteps: Tensor
     coefficients: tuple[gk.SDECoefficients, ...]
     stochastic: tuple[int, ...]
+    trainable: tuple[int, ...]
 
     @property
     def num_steps(self) -> int:
@@ -64,6 +67,7 @@ def step_table(
         schedule.timesteps.to(device),
         tuple(c.to(device) for c in coefficients),
         tuple(stochastic),
+        tuple(step for step in stochastic if sigmas[step + 1] > 0),
     )
 
 
