@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
 def train(config: Config) -> Path:
     """Run a configuration from start to end; returns the path of the report."""
     # imported late: --help and configuration errors need no torch
-    from gardo.report import write_report
+    from gardo.runtime.report import write_report
     from gardo.runtime.process import Runtime
     from gardo.runtime.run_folder import RunFolder
     from gardo.trainer import Trainer

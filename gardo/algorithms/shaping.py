@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gardo.config import AlgorithmConfig
-from gardo.rewards.scoring import RewardSet, ScoreBook
+from gardo.rewards.scoring import RewardSet, ScoreBook, reward_metrics
 from gardo.runtime.process import Runtime
 from gardo.sampling.plan import EpochPlan
 
@@ -113,14 +113,3 @@ class Shaper:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.controller.load_state_dict(state)
-
-
-def reward_metrics(name: str, scores: Tensor) -> dict[str, float]:
-    """Mean and standard deviation over the samples that were scored, and the share that was not."""
-    valid = scores[~scores.isnan()].double()
-    spread = float(valid.std(unbiased=False)) if len(valid) else float("nan")
-    return {
-        f"reward/{name}/mean": float(valid.mean()) if len(valid) else float("nan"),
-        f"reward/{name}/std": spread,
-        f"reward/{name}/missing": 1.0 - len(valid) / max(len(scores), 1),
-    }

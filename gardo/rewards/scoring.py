@@ -103,3 +103,14 @@ class ScoreBook:
     def features(self) -> Tensor | None:
         """``[n, D]`` float32, or None without a feature extractor."""
         return torch.cat(self._features) if self._features else None
+
+
+def reward_metrics(name: str, scores: Tensor) -> dict[str, float]:
+    """Mean and standard deviation over the samples that were scored, and the share that was not."""
+    valid = scores[~scores.isnan()].double()
+    spread = float(valid.std(unbiased=False)) if len(valid) else float("nan")
+    return {
+        f"reward/{name}/mean": float(valid.mean()) if len(valid) else float("nan"),
+        f"reward/{name}/std": spread,
+        f"reward/{name}/missing": 1.0 - len(valid) / max(len(scores), 1),
+    }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,8 +42,9 @@ def image_grid(
     Args:
         images: ``[B, 3, H, W]``, floating point, in [0, 1]; values outside are clamped and
             pixels that are not finite are painted magenta, so that they are seen.
-        captions: B texts. Newlines start a new paragraph (prompt, then scores); a paragraph is
-            wrapped to the width of its cell and cut after `MAX_LINES` lines.
+        captions: B texts, such as those of `caption`. A newline starts a new paragraph; the
+            first one is printed darker. A paragraph is wrapped to the width of its cell and cut
+            after `MAX_LINES` lines.
         columns: images per row, >= 1.
         scale: factor on the side of each image. None picks one: small images are enlarged by a
             whole factor to about `SMALL_CELL` pixels (nearest neighbour, so that pixels stay
@@ -62,33 +64,39 @@ def image_grid(
         raise ValueError(f"scale: expected > 0, got {scale}")
 
     tiles = [_resize(Image.fromarray(p), scale) for p in pixels]
-    font, title_font = _font(12), _font(16)
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
     # Captions need some width even below an image that was asked for smaller.
     cell = max(tiles[0].width, SMALL_CELL)
-    wrapped = [_wrap(caption, font, cell) for caption in captions]
-    line = _line_height(font)
-    row_lines = [max(len(w) for w in wrapped[r * columns : (r + 1) * columns]) for r in range(rows)]
+    texts = [_Text(caption, 12, cell) for caption in captions]
     width = columns * cell + (columns + 1) * _GAP
-    heading = _wrap(title, title_font, width - 2 * _GAP) if title else []
-    top = _GAP + len(heading) * _line_height(title_font) + (_GAP if heading else 0)
-    heights = [tiles[0].height + _PADDING + n * line + _GAP for n in row_lines]
+    heading = _Text(title or "", 16, width - 2 * _GAP)
+    top = _GAP + heading.height + (_GAP if heading.height else 0)
+    heights = [
+        tiles[0].height + _PADDING + max(t.height for t in texts[r * columns :][:columns]) + _GAP
+        for r in range(rows)
+    ]
 
     page = Image.new("RGB", (width, top + sum(heights)), _PAPER)
     draw = ImageDraw.Draw(page)
-    for i, text in enumerate(heading):
-        draw.text((_GAP, _GAP + i * _line_height(title_font)), text, _INK, title_font)
-    for i, (tile, text_lines) in enumerate(zip(tiles, wrapped, strict=True)):
+    heading.draw(draw, _GAP, _GAP)
+    for i, (tile, text) in enumerate(zip(tiles, texts, strict=True)):
         row, column = divmod(i, columns)
         x = _GAP + column * (cell + _GAP)
         y = top + sum(heights[:row])
         page.paste(tile, (x + (cell - tile.width) // 2, y))
-        for k, text in enumerate(text_lines):
-            draw.text(
-                (x, y + tile.height + _PADDING + k * line), text, _INK if k == 0 else _MUTED, font
-            )
+        text.draw(draw, x, y + tile.height + _PADDING)
     return page
+
+
+def caption(prompt: str, scores: Mapping[str, float]) -> str:
+    """The caption of one image: the prompt, then its scores (a dash for one that is not finite)."""
+    # No-break spaces keep a name and its number on one line.
+    parts = (
+        f"{name}\u00a0{value:.2f}" if math.isfinite(value) else f"{name}\u00a0-"
+        for name, value in scores.items()
+    )
+    return " ".join(prompt.split()) + "\n" + ", ".join(parts)
 
 
 def save_image(image: Image.Image, path: str | Path) -> Path:
@@ -174,9 +182,44 @@ def _resize(image: Image.Image, scale: float | None) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
-def _font(size: int) -> _Font:
-    # Pillow brings its own font; without FreeType it is a bitmap font of one size.
-    return ImageFont.load_default(size)
+class _Text:
+    """A text that is wrapped to `width` pixels, to be drawn in a font that can show it."""
+
+    def __init__(self, text: str, size: int, width: int) -> None:
+        # A lone surrogate is no character; control characters and line separators draw as boxes.
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        paragraphs = [
+            "".join(c if c.isprintable() or c == "\u00a0" else " " for c in line)
+            for line in text.splitlines()
+        ]
+        self._font = _font("".join(paragraphs).replace("\u00a0", " "), size)
+        if not isinstance(self._font, ImageFont.FreeTypeFont):  # a bitmap font, Latin-1 only
+            paragraphs = [p.encode("latin-1", "replace").decode("latin-1") for p in paragraphs]
+        self._lines = [
+            (line, _INK if i == 0 else _MUTED)
+            for i, paragraph in enumerate(paragraphs)
+            for line in _wrap(paragraph, self._font, width)
+        ]
+        self._step = _line_height(self._font)
+        self.height = len(self._lines) * self._step
+
+    def draw(self, draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+        for i, (line, colour) in enumerate(self._lines):
+            draw.text((x, y + i * self._step), line, colour, self._font)
+
+
+def _font(text: str, size: int) -> _Font:
+    """Pillow's own font; where it lacks a character of the text, matplotlib's, which has more."""
+    plain = ImageFont.load_default(size)
+    if not isinstance(plain, ImageFont.FreeTypeFont):  # Pillow was built without FreeType
+        return plain
+    missing = bytes(plain.getmask("\U0010ffff"))
+    if not any(bytes(plain.getmask(c)) == missing for c in set(text) if not c.isascii()):
+        return plain
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(path), size - 1)  # it is larger at the same size
 
 
 def _line_height(font: _Font) -> int:
@@ -185,47 +228,34 @@ def _line_height(font: _Font) -> int:
     return int(font.getbbox("Ag")[3]) + 2
 
 
-def _clean(text: str, font: _Font) -> str:
-    """Replace what cannot be drawn: lone surrogates, control characters, tabs."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    text = "".join(c if c.isprintable() else " " for c in text)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        text = text.encode("latin-1", "replace").decode("latin-1")
-    return text
+def _wrap(paragraph: str, font: _Font, width: int) -> list[str]:
+    """Break into at most `MAX_LINES` lines of `width` pixels; too wide words are broken inside.
 
-
-def _wrap(text: str, font: _Font, width: int) -> list[str]:
-    """Break into lines of at most `width` pixels; words that are wider are broken inside."""
-    lines: list[str] = []
-    for paragraph in text.splitlines():
-        broken = _break(_clean(paragraph, font).split(), font, width)
-        if len(broken) > MAX_LINES:
-            last = broken[MAX_LINES - 1]
-            while last and font.getlength(last + "...") > width:
-                last = last[:-1]
-            broken = [*broken[: MAX_LINES - 1], last.rstrip() + "..."]
-        lines.extend(broken)
-    return lines
-
-
-def _break(words: list[str], font: _Font, width: int) -> list[str]:
+    No-break spaces hold words together and become plain ones.
+    """
     lines: list[str] = []
     current = ""
-    for word in words:
-        if current and font.getlength(f"{current} {word}") <= width:
-            current = f"{current} {word}"
+    for word in (w.replace("\u00a0", " ") for w in paragraph.split(" ") if w):
+        joined = f"{current} {word}" if current else word
+        if font.getlength(joined) <= width:
+            current = joined
             continue
         if current:
             lines.append(current)
-        while font.getlength(word) > width and len(word) > 1:
-            cut = len(word) - 1
+        while font.getlength(word) > width and len(word) > 1 and len(lines) <= MAX_LINES:
+            cut = min(len(word) - 1, width)  # hardly a character is narrower than a pixel
             while cut > 1 and font.getlength(word[:cut]) > width:
                 cut -= 1
             lines.append(word[:cut])
             word = word[cut:]
-            if len(lines) > MAX_LINES:  # the rest is cut anyway
-                return lines
         current = word
+        if len(lines) > MAX_LINES:
+            break
     if current:
         lines.append(current)
-    return lines
+    if len(lines) <= MAX_LINES:
+        return lines
+    last = lines[MAX_LINES - 1]
+    while last and font.getlength(last + "...") > width:
+        last = last[:-1]
+    return [*lines[: MAX_LINES - 1], last.rstrip() + "..."]

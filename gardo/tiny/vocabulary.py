@@ -16,17 +16,19 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from gardo.tiny.scenes import COLORS, NUMBERS, SHAPES
 
 WORDS = (*NUMBERS, *COLORS, *SHAPES, *(f"{shape}s" for shape in SHAPES))
-MAX_TOKENS = 16  # of the CLIP tokenizers; also the T5 length used in pretraining and in the recipe
+# Words that may stand around a prompt without meaning anything here.
+FILLERS = ("a", "an", "the", "some", "of", "on", "with", "photo", "image", "picture", "draw", "grey")
+MAX_TOKENS = 12  # of the CLIP tokenizers; a prompt of the grammar needs five
 
 CLIP_BOS, CLIP_EOS, CLIP_PAD, CLIP_UNK = "<|startoftext|>", "<|endoftext|>", "<|pad|>", "<|unk|>"
 T5_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's mark of a word's beginning
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """A byte-pair tokenizer: a word of ``WORDS`` is one token, other words fall into letters."""
+    """A byte-pair tokenizer: a word of the vocabulary is one token, others fall into letters."""
     pieces = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")]
     merges: list[tuple[str, str]] = []
-    for word in WORDS:
+    for word in (*WORDS, *FILLERS):
         parts = _apply_merges([*word[:-1], word[-1] + "</w>"], merges)
         left = parts[0]
         for right in parts[1:]:
@@ -46,10 +48,10 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """A unigram tokenizer: a word of ``WORDS`` is one token, another word is ``<unk>``."""
+    """A unigram tokenizer: a word of the vocabulary is one token, another word is ``<unk>``."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    vocab = special + [(T5_SPACE + word, -1.0) for word in WORDS]
-    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=MAX_TOKENS)
+    vocab = special + [(T5_SPACE + word, -1.0) for word in (*WORDS, *FILLERS)]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
 
 
 def _apply_merges(parts: list[str], merges: list[tuple[str, str]]) -> list[str]:
