@@ -70,7 +70,9 @@ def sde_step_with_logprob(
     coef = sde_coefficients(
         sigmas[index], sigmas[step], noise_level, _KIND_OF[sde_type], sigma_max=sigmas[1]
     )
-    coef = (coef if len(coef) == len(velocity) else coef[0]).to(velocity.device)
+    if len(index) not in (1, len(velocity)):
+        raise ValueError(f"timestep: expected 1 or {len(velocity)} values, got {len(index)}")
+    coef = (coef[0] if len(index) == 1 else coef).to(velocity.device)
     if prev_sample is None:
         noise = _noise(velocity, generator)
         prev, log_prob, mean = sde_step(velocity, current, coef, noise=noise)
@@ -139,7 +141,7 @@ class PerPromptStatTracker:
             dists: ``[N, D]`` image features, for ``type="gardo"``.
             type: ``grpo``: centred over the standard deviation + 1e-4; ``gardo``: centred, times
                 the diversity factor where not negative; ``rwr``: the rewards; ``sft``: 1 for the
-                best of all samples, else 0; ``dpo``: per group 1 for the best, -1 for the worst.
+                best of the group, else 0; ``dpo``: 1 for its best, -1 for its worst, else 0.
 
         Raises:
             TypeError, ValueError: wrong type, shape or value.
@@ -163,10 +165,9 @@ class PerPromptStatTracker:
     def _advantages(self, columns: Tensor, groups: Tensor, dists: Any, type: str) -> Tensor:
         if type == "rwr":
             return columns
-        if type == "sft":
-            return (columns == columns.max()).to(torch.float64)
-        if type == "dpo":
-            return torch.stack([_best_and_worst(c, groups) for c in columns.unbind(1)], dim=1)
+        if type in ("sft", "dpo"):
+            pick = _best if type == "sft" else _best_and_worst
+            return torch.stack([pick(c, groups) for c in columns.unbind(1)], dim=1)
         distance = None
         norm = "global_std" if self.global_std else "group_std"
         if type == "gardo":
@@ -189,6 +190,13 @@ class PerPromptStatTracker:
     def clear(self) -> None:
         """Forget the groups; the count of distinct prompts stays."""
         self.stats = {}
+
+
+def _best(rewards: Tensor, groups: Tensor) -> Tensor:
+    """1 for every sample with the best reward of its group, else 0."""
+    best = rewards.new_full((int(groups.max()) + 1,), -torch.inf)
+    best.scatter_reduce_(0, groups, rewards, "amax")
+    return (rewards == best[groups]).to(rewards.dtype)
 
 
 def _best_and_worst(rewards: Tensor, groups: Tensor) -> Tensor:

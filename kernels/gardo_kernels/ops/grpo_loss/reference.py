@@ -51,13 +51,14 @@ def policy_terms(
     """Per sample: the clipped policy loss, the ratio, and whether the ratio left the clip range."""
     low, high = 1 - clip_range[0], 1 + clip_range[1]
     a = advantage.to(log_ratio.dtype).clamp(-adv_clip, adv_clip)
-    ratio = torch.exp(log_ratio)
-    clipped_ratio = ratio.clamp(low, high)
-    # A sample without advantage (its reward failed, say) must not turn an overflowing ratio into
-    # 0 * inf, neither here nor in the gradient.
+    ratio = torch.exp(log_ratio.detach())
+    bound = -a * ratio.clamp(low, high)
+    # The maximum is written out so that a row that is clipped, or has no advantage (its reward
+    # failed, say), cannot turn an overflowing ratio into 0 * inf in the gradient.
     idle = a == 0
-    safe = torch.where(idle, torch.ones_like(ratio), ratio)
-    policy = torch.maximum(-a * safe, -a * torch.where(idle, safe, clipped_ratio))
+    active = ~idle & (-a * ratio >= bound)
+    policy = torch.where(idle, 0.0, bound)
+    policy = torch.where(active, -a * torch.exp(torch.where(active, log_ratio, 0.0)), policy)
     return policy, ratio, (ratio < low) | (ratio > high)
 
 
@@ -74,7 +75,7 @@ def gated_mean_square(
         gate = torch.ones(batch, dtype=torch.bool, device=v.device)
     rows = gate.view(-1, *([1] * (v.dim() - 1)))
     difference = torch.where(rows, v - torch.where(rows, ref, v.detach()), torch.zeros_like(v))
-    per_row = row_mean(difference.square().reshape(batch, -1))
+    per_row = row_mean(difference.square())
     if weight is not None:
         per_row = per_row * torch.where(gate, weight, torch.zeros_like(weight))
     if reduction == "batch":

@@ -51,6 +51,6 @@ def nft_loss(
 
 def _self_normalised_error(prediction: Tensor, target: Tensor) -> Tensor:
     """``mean((prediction - target)^2) / w`` per row; ``w`` = mean absolute error, a constant."""
-    error = (prediction - target).reshape(prediction.shape[0], -1)
+    error = prediction - target
     weight = row_mean(error.detach().abs()).clamp(min=_WEIGHT_FLOOR)
     return row_mean(error.square()) / weight

@@ -33,8 +33,8 @@ def log_prob_of(prev_sample: Tensor, mean: Tensor, coef: SDECoefficients) -> Ten
     Both sampling and training end here, on the stored ``prev_sample``, so equal velocities give
     equal bits.
     """
-    squared = (prev_sample - mean).square().reshape(prev_sample.shape[0], -1)
-    return coef.offset.to(mean.dtype) - coef.scale.to(mean.dtype) * row_mean(squared)
+    squared = row_mean((prev_sample - mean).square())
+    return coef.offset.to(mean.dtype) - coef.scale.to(mean.dtype) * squared
 
 
 def sde_step(
