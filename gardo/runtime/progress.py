@@ -131,8 +131,8 @@ class EpochProgress:
                 miniters=1,
                 mininterval=0.0,
                 smoothing=0.1,
-                bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} "
-                "[{elapsed}<{remaining}]{postfix}",
+                bar_format="{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} "
+                "[{elapsed}<{remaining}] {desc}",
             )
 
     @contextmanager
@@ -141,7 +141,8 @@ class EpochProgress:
         with self.timer.stage(name):
             self._show(name)
             yield
-        self._show(self.timer.current)
+        if self.timer.current is not None:
+            self._show(self.timer.current)
 
     def within_stage(self, done: int, total: int) -> None:
         """Show how far the running stage is, e.g. ``rollout 3/8``."""
@@ -159,19 +160,16 @@ class EpochProgress:
         times = self.timer.metrics()
         self.timer.reset()
         self._recent.append(times["time/epoch"])
-        self._summary = format_summary(metrics, self.proxy)
+        parts = [format_summary(metrics, self.proxy), format_times(times)]
+        self._summary = "  ".join(p for p in parts if p)
         if self._bar is not None:
-            self._bar.set_postfix_str(self._summary, refresh=False)
+            self._bar.set_description_str(self._summary, refresh=False)
             self._bar.update(1)
         elif self._enabled:
             left = (self.epochs - epoch - 1) * sum(self._recent) / len(self._recent)
-            parts = [
-                f"epoch {epoch + 1}/{self.epochs}",
-                self._summary,
-                f"{times['time/epoch']:.1f} s",
-                f"ETA {format_seconds(left)}",
-            ]
-            self.write("  ".join(p for p in parts if p))
+            self.write(
+                f"epoch {epoch + 1}/{self.epochs}  {self._summary}  ETA {format_seconds(left)}"
+            )
         return {**metrics, **times}
 
     def write(self, text: str) -> None:
@@ -197,10 +195,10 @@ class EpochProgress:
     ) -> None:
         self.close()
 
-    def _show(self, stage: str | None) -> None:
+    def _show(self, stage: str) -> None:
         if self._bar is not None:
-            parts = [self._summary, stage or ""]
-            self._bar.set_postfix_str("  ".join(p for p in parts if p), refresh=True)
+            # The stage stands first, in a fixed width: a narrow terminal cuts the line's end.
+            self._bar.set_description_str(f"{stage:<14} {self._summary}", refresh=True)
 
 
 def format_summary(metrics: Mapping[str, Any], proxy: str) -> str:
@@ -214,6 +212,14 @@ def format_summary(metrics: Mapping[str, Any], proxy: str) -> str:
     return "  ".join(
         text.format(float(metrics[key])) for key, text in shown if metrics.get(key) is not None
     )
+
+
+def format_times(times: Mapping[str, float]) -> str:
+    """``time/epoch`` in seconds and, in brackets, the stages that take at least 5% of it."""
+    whole = times["time/epoch"]
+    stages = [(name, times.get(f"time/{name}", 0.0)) for name in STAGES]
+    shown = ", ".join(f"{name} {t:.1f}" for name, t in stages if t > 0 and t >= 0.05 * whole)
+    return f"{whole:.1f} s" + (f" ({shown})" if shown else "")
 
 
 def format_seconds(seconds: float) -> str:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageFont
 
 from gardo.runtime import images as module
-from gardo.runtime.images import image_grid, read_index, save_grid, save_image
+from gardo.runtime.images import caption, image_grid, read_index, save_grid, save_image
 
 GAP = 8  # pixels around cells
 
@@ -101,15 +101,37 @@ def test_captions_are_drawn_wrapped_and_cut():
 
 def test_lines_fit_their_cell_even_without_spaces():
     font = ImageFont.load_default(12)
-    text = "w" * 60 + " a b " + "supercalifragilistic " * 3 + "\nscore 0.5"
-    lines = module._wrap(text, font, 96)
-    assert all(font.getlength(line) <= 96 for line in lines)
-    assert lines[-1] == "score 0.5"  # the second paragraph survives a long first one
-    assert lines[-2].endswith("...")
+    for text in ("w" * 60, "a b " + "supercalifragilistic " * 3, "x" * 100_000):
+        lines = module._wrap(text, font, 96)
+        assert len(lines) == 4
+        assert all(0 < font.getlength(line) <= 96 for line in lines)
+        assert lines[-1].endswith("...")
+    assert module._wrap("one  two", font, 96) == ["one two"]
+
+
+def test_scores_survive_a_long_prompt_and_stay_with_their_names():
+    text = caption("word " * 100, {"count": 0.5, "shape": float("nan"), "clean": 1.0})
+    lines = [line for line, _ in module._Text(text, 12, 96)._lines]
+    assert lines[4:] == ["count 0.50,", "shape -,", "clean 1.00"]
+    wide = [line for line, _ in module._Text(text, 12, 200)._lines]
+    assert wide[4:] == ["count 0.50, shape -, clean 1.00"]
+
+
+def test_only_the_first_paragraph_is_dark():
+    colours = [c for _, c in module._Text("many words " * 5 + "\nscore", 12, 96)._lines]
+    assert colours[0] == colours[1] == (32, 33, 36)
+    assert colours[-1] == (95, 99, 104)
+
+
+@pytest.mark.parametrize("text", ["naïve", "круг", "κύκλος", "±·…"])
+def test_letters_beyond_ascii_are_drawn_not_boxed(text):
+    font = module._font(text, 12)
+    missing = bytes(font.getmask("\U0010ffff"))
+    assert all(bytes(font.getmask(c)) != missing for c in text)
 
 
 @pytest.mark.parametrize(
-    "caption",
+    "text",
     [
         "naïve façade",
         "三个红色的圆",
@@ -122,13 +144,13 @@ def test_lines_fit_their_cell_even_without_spaces():
         "\n\n",
     ],
 )
-def test_any_text_can_be_a_caption(caption):
-    image_grid(solid((0.0, 0.0, 0.0)), [caption], columns=1, title=caption)
+def test_any_text_can_be_a_caption(text):
+    image_grid(solid((0.0, 0.0, 0.0)), [text], columns=1, title=text)
 
 
 def test_any_text_can_be_a_caption_without_freetype(monkeypatch):
     bitmap = ImageFont.load_default_imagefont()
-    monkeypatch.setattr(module, "_font", lambda size: bitmap)
+    monkeypatch.setattr(ImageFont, "load_default", lambda size: bitmap)
     image_grid(solid((0.0, 0.0, 0.0)), ["三个 naïve 🔴"], columns=1, title="три")
 
 
