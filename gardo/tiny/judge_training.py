@@ -1,5 +1,6 @@
 """Train the judge of the embedded task: ``python -m gardo.tiny.judge_training --out FOLDER``.
 
+The shipped judge is ``--out gardo/tiny/judge`` with the defaults: three minutes on one core.
 Every batch is drawn afresh: scenes with one to nine objects, some with two kinds of objects, varied
 as a decoder varies them (blur, noise, colour shifts), and corrupted ones that are no scene at all.
 """
@@ -122,6 +123,7 @@ def train_judge(
     steps: int = 800,
     batch: int = 192,
     learning_rate: float = 3e-3,
+    test_scenes: int = 800,
     report: Callable[[str], None] = print,
 ) -> dict[int, float]:
     """Train a judge and write it to ``out_dir`` as `load_judge` reads it.
@@ -132,10 +134,11 @@ def train_judge(
         steps: optimiser steps (AdamW, one cycle of the learning rate).
         batch: examples a step.
         learning_rate: peak.
+        test_scenes: fresh scenes of each count, on which the accuracy is measured.
         report: called with a line of progress now and then.
 
     Returns:
-        Accuracy of the written judge by count, on 800 fresh scenes each.
+        Accuracy of the written judge by count, as `accuracy_by_count` has it.
 
     Raises:
         ValueError: ``steps`` or ``batch`` below 1.
@@ -167,7 +170,7 @@ def train_judge(
     record = {"seed": seed, "steps": steps, "batch": batch, "learning_rate": learning_rate}
     save_judge(judge.eval(), out_dir, record)
     # what ships is measured: the half-precision weights, read back
-    accuracy = accuracy_by_count(load_judge(out_dir), per_count=800, seed=seed + 1)
+    accuracy = accuracy_by_count(load_judge(out_dir), per_count=test_scenes, seed=seed + 1)
     save_judge(judge, out_dir, {**record, "accuracy": {str(n): a for n, a in accuracy.items()}})
     return accuracy
 
