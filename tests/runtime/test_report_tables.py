@@ -39,7 +39,8 @@ def test_numbers(value, text):
     ("first", "last", "text"),
     [(0.5, 0.75, "+0.2500 (+50\u202f%)"), (0.5, 0.25, "−0.2500 (−50\u202f%)"), (0.0, 2.0, "+2"),
      (-0.5, -0.25, "+0.2500 (+50\u202f%)"), (0.5, 0.5, "0"), (None, 1.0, DASH),
-     (1.0, float("nan"), DASH)],
+     (1.0, float("nan"), DASH), (100.0, 100.02, "+0.0200"),
+     (100.0, 99.5, "−0.5000 (−0.5\u202f%)")],
 )  # fmt: skip
 def test_changes(first, last, text):
     assert change(first, last) == text
@@ -86,6 +87,15 @@ def test_rows_saved_are_not_invented(tmp_path):
     assert (forwards(run).ungated, forwards(run).saved) == (DASH, DASH)
 
 
+def test_a_value_that_is_null_at_the_end_is_not_replaced_by_an_older_one(tmp_path):
+    rows = [{"reward/a/mean": v} for v in (None, 0.25, 0.5, None)]
+    run = run_with(tmp_path, rows, {"rewards": {"proxy": "a"}})
+    (group,) = summary(run)
+    assert (group.first_title, group.last_title) == ("epoch 0", "epoch 3")
+    assert (group.rows[0].first, group.rows[0].last, group.rows[0].change) == (DASH, DASH, DASH)
+    assert comparison([run]) == [("Training prompts, last epoch", [("a", [(DASH, DASH)])])]
+
+
 def test_timings_by_hand(tmp_path):
     rows = [
         {"time/update": 3.0, "time/rollout": 1.0, "time/epoch": 5.0},
@@ -97,6 +107,36 @@ def test_timings_by_hand(tmp_path):
         ("update", "4.0 s", "2.00 s", 50.0),
         ("other", "2.0 s", "1.00 s", 25.0),
     ]
+
+
+def test_evaluations_outside_the_epochs_count(tmp_path):
+    with MetricsWriter(tmp_path / "run" / "evaluation.jsonl") as writer:
+        for epoch in (0, 1):
+            writer.write({"epoch": epoch, "time/evaluate": 3.0})
+    run = run_with(tmp_path, [{"time/update": 4.0, "time/epoch": 4.0}])
+    assert [(t.stage, t.percent) for t in timings(run)] == [("update", 40.0), ("evaluate", 60.0)]
+    assert run.evaluation_keys() == []
+
+
+def test_evaluations_tell_metrics_from_what_describes_them(tmp_path):
+    row = {
+        "epoch": 0,
+        "name": "start",
+        "images": 8,
+        "custom": 5,
+        "weights": "ema",
+        "reward/a/b/mean": 0.5,
+        "reward/a/b/std": 0.1,
+        "reward/a/b/missing": 0.25,
+        "feature_distance": 7.0,
+        "diversity/pairwise": 0.6,
+    }
+    with MetricsWriter(tmp_path / "run" / "evaluation.jsonl") as writer:
+        writer.write(row)
+    run = run_with(tmp_path, [], {"evaluation": {"custom": 5, "every": 10, "seed": 1}})
+    assert run.evaluation_keys() == ["reward/a/b/mean", "feature_distance", "diversity/pairwise"]
+    assert run.evaluation_settings() == {"custom": 5, "seed": 1, "images": 8, "weights": "ema"}
+    assert run.notes == ["a/b could not score up to 25.0% of the samples of an epoch."]
 
 
 def test_timings_without_any_time(tmp_path):

@@ -84,30 +84,39 @@ class Run:
         return _numeric_keys(self.metrics)
 
     def evaluation_keys(self) -> list[str]:
-        """The held-out metrics: numeric, with a ``/`` in the name, no times, no deviations.
+        """The held-out metrics: every number of an evaluation but those that describe it.
 
-        Keys without a ``/`` (``steps``, ``seed``, ``images``) describe the evaluation itself.
+        Of a reward only the mean counts: not its deviation, nor the share that is missing.
         """
         return [
-            k
-            for k in _numeric_keys(self.evaluations)
-            if "/" in k and not k.startswith("time/") and not k.endswith("/std")
+            key
+            for key in _numeric_keys(self.evaluations)
+            if not self._describes(key)
+            and not key.startswith("time/")
+            and not re.fullmatch(r"reward/.+/(?!mean$)[^/]+", key)
         ]
 
     def evaluation_settings(self) -> dict[str, Any]:
         """How the held-out numbers were made: from their rows and from the config."""
         settings = {
-            k.removeprefix("evaluation."): v
-            for k, v in self.config.items()
-            if k.startswith("evaluation.")
+            key.removeprefix("evaluation."): value
+            for key, value in self.config.items()
+            if key.startswith("evaluation.") and key not in _NOT_MEASURING
         }
         if settings.get("guidance_scale", 0) is None:  # null: as in sampling
             settings["guidance_scale"] = self.config.get("sampling.guidance_scale")
         for row in self.evaluations[-1:]:
-            settings |= {
-                k: v for k, v in row.items() if "/" not in k and k not in ("epoch", "name")
-            }
+            settings |= {k: v for k, v in row.items() if self._describes(k)}
         return settings
+
+    def _describes(self, key: str) -> bool:
+        return key in _DESCRIPTIONS or f"evaluation.{key}" in self.config
+
+
+_DESCRIPTIONS = ("images", "prompts", "seed", "num_steps", "guidance_scale", "weights")
+"""What a line of `evaluation.jsonl` may say of itself beside its metrics."""
+_NOT_MEASURING = ("evaluation.every", "evaluation.grid_images")
+"""Settings of the evaluation that its numbers do not depend on."""
 
 
 def load_run(path: str | Path) -> Run:
@@ -130,6 +139,7 @@ def load_run(path: str | Path) -> Run:
             run.config_text, run.config = _read_config(config_path)
         run.metrics = _read_rows(metrics_path, run.notes)
         run.evaluations = _read_rows(path / "evaluation.jsonl", run.notes)
+        run.notes += _missing_scores(run.metrics) + _missing_scores(run.evaluations)
         run.summary = _read_summary(path / "summary.json")
         run.grids = _find_grids(path / "images", run.notes)
     except (ValueError, OSError) as error:
@@ -175,6 +185,19 @@ def _read_rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
             "writing it, or still runs."
         )
     return rows
+
+
+def _missing_scores(rows: list[dict[str, Any]]) -> list[str]:
+    """A note for each reward that could not score some samples."""
+    notes = []
+    for key in _numeric_keys(rows):
+        match = re.fullmatch(r"reward/(.+)/missing", key)
+        worst = max((v for _, v in _series(rows, key).finite()), default=0.0)
+        if match and worst > 0:
+            notes.append(
+                f"{match[1]} could not score up to {worst:.1%} of the samples of an epoch."
+            )
+    return list(dict.fromkeys(notes))
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:

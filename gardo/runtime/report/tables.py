@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gardo.runtime.progress import STAGES
 from gardo.runtime.report.curves import metric_name, training_rewards
@@ -34,8 +35,10 @@ def change(first: float | None, last: float | None) -> str:
         return "0"
     text = ("+" if difference > 0 else "\N{MINUS SIGN}") + number(abs(difference))
     if abs(first) > 1e-9:
-        percent = f"{100 * difference / abs(first):+.0f}".replace("-", "\N{MINUS SIGN}")
-        text += f" ({percent}\N{NARROW NO-BREAK SPACE}%)"
+        percent = 100 * difference / abs(first)
+        shown = f"{percent:+.{0 if abs(percent) >= 1 else 1}f}".replace("-", "\N{MINUS SIGN}")
+        if abs(percent) >= 0.05:
+            text += f" ({shown}\N{NARROW NO-BREAK SPACE}%)"
     return text
 
 
@@ -69,19 +72,20 @@ def summary(run: Run) -> list[SummaryGroup]:
         dict.fromkeys([*([run.proxy] if run.proxy else []), *run.aux, *training_rewards([run])])
     )
     if rewards and run.metrics:
+        epochs = span(run.metrics)
         rows = [
-            metric_row(role(run, name), name, run.metric(f"reward/{name}/mean")) for name in rewards
+            metric_row(role(run, name), name, run.metric(f"reward/{name}/mean"), epochs)
+            for name in rewards
         ]
-        epochs = [row["epoch"] for row in run.metrics]
-        groups.append(SummaryGroup("Training prompts", *_columns(min(epochs), max(epochs)), rows))
+        groups.append(SummaryGroup("Training prompts", *_columns(*epochs), rows))
     keys = run.evaluation_keys()
     if keys:
+        epochs = span(run.evaluations)
         rows = [
-            metric_row(_held_out_role(run, key), metric_name(key), run.evaluation(key))
+            metric_row(_held_out_role(run, key), metric_name(key), run.evaluation(key), epochs)
             for key in keys
         ]
-        epochs = [row["epoch"] for row in run.evaluations]
-        groups.append(SummaryGroup("Held-out prompts", *_columns(min(epochs), max(epochs)), rows))
+        groups.append(SummaryGroup("Held-out prompts", *_columns(*epochs), rows))
     return groups
 
 
@@ -103,16 +107,31 @@ def _columns(first: int, last: int) -> tuple[str, str]:
     return f"epoch {first}", f"epoch {last}" if last != first else "last"
 
 
-def metric_row(role_name: str, name: str, series: Series) -> Row:
-    """The first and last values that exist; one value alone has no change."""
-    first, last = ends(series)
+def metric_row(
+    role_name: str, name: str, series: Series, epochs: tuple[int, int] | None = None
+) -> Row:
+    """The values at two epochs, by default at the first and last that the metric has."""
+    first, last = ends(series, epochs)
     return Row(role_name, name, number(first), number(last), change(first, last), spark(series))
 
 
-def ends(series: Series) -> tuple[float | None, float | None]:
-    """First and last finite value; the last is None when there is but one."""
-    values = [v for _, v in series.finite()]
-    return (values[0] if values else None, values[-1] if len(values) > 1 else None)
+def span(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """First and last epoch of the lines of a file; there must be one."""
+    epochs = [row["epoch"] for row in rows]
+    return min(epochs), max(epochs)
+
+
+def ends(
+    series: Series, epochs: tuple[int, int] | None = None
+) -> tuple[float | None, float | None]:
+    """Values at two epochs, None where there is none; one epoch alone has no last value."""
+    values = dict(series.finite())
+    if epochs is None:
+        if not values:
+            return None, None
+        epochs = min(values), max(values)
+    first, last = epochs
+    return values.get(first), values.get(last) if last != first else None
 
 
 def spark(series: Series, width: int = 100, height: int = 24) -> str:
@@ -148,28 +167,27 @@ def comparison(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[tupl
     held_out = dict.fromkeys(k for run in runs for k in run.evaluation_keys())
     groups = []
     if training:
-        groups.append(
-            (
-                "Training prompts, last epoch",
-                [(name, [_last(run.metric(key)) for run in runs]) for key, name in training],
-            )
-        )
+        rows = [
+            (name, [_last(run.metric(key), run.metrics) for run in runs]) for key, name in training
+        ]
+        groups.append(("Training prompts, last epoch", rows))
     if held_out:
-        groups.append(
-            (
-                "Held-out prompts, last evaluation",
-                [
-                    (metric_name(key), [_last(run.evaluation(key)) for run in runs])
-                    for key in held_out
-                ],
-            )
-        )
+        rows = [
+            (metric_name(key), [_last(run.evaluation(key), run.evaluations) for run in runs])
+            for key in held_out
+        ]
+        groups.append(("Held-out prompts, last evaluation", rows))
     return groups
 
 
-def _last(series: Series) -> tuple[str, str]:
-    first, last = ends(series)
-    return (number(first), MISSING) if last is None else (number(last), change(first, last))
+def _last(series: Series, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    if not rows:
+        return MISSING, MISSING
+    epochs = span(rows)
+    first, last = ends(series, epochs)
+    if epochs[0] == epochs[1]:
+        return number(first), MISSING
+    return number(last), change(first, last)
 
 
 def config_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -191,13 +209,19 @@ class Timing:
 
 
 def timings(run: Run) -> list[Timing]:
-    """Stages by their order in an epoch; `other` is the rest of ``time/epoch``."""
+    """Stages by their order in an epoch; `other` is the rest of ``time/epoch``.
+
+    Evaluations that stand outside the epochs' times bring a ``time/evaluate`` of their own.
+    """
     known = [k.removeprefix("time/") for k in run.metric_keys() if k.startswith("time/")]
     stages = [s for s in STAGES if s in known]
     stages += [s for s in known if s not in STAGES and s not in ("epoch", "total")]
     totals = {s: _total(run, f"time/{s}") for s in stages}
-    whole = max(_total(run, "time/epoch"), sum(totals.values()))
-    if whole <= 0:
+    evaluations = sum(v for _, v in run.evaluation("time/evaluate").finite())
+    if evaluations > 0:
+        totals["evaluate"] = totals.get("evaluate", 0.0) + evaluations
+    whole = max(_total(run, "time/epoch") + evaluations, sum(totals.values()))
+    if whole <= 0 or not run.metrics:
         return []
     if whole - sum(totals.values()) > 0.005 * whole:
         totals["other"] = whole - sum(totals.values())
