@@ -28,9 +28,11 @@ def main(argv: Sequence[str]) -> int:
 def train(config: Config) -> Path:
     """Run a configuration from start to end; returns the path of the report."""
     # imported late: --help and configuration errors need no torch
-    from gardo.runtime.report import write_report
-    from gardo.runtime.process import Runtime
     from gardo.runtime.run_folder import RunFolder
+
+    RunFolder.check(config)
+    from gardo.runtime.process import Runtime
+    from gardo.runtime.report import write_report
     from gardo.trainer import Trainer
 
     runtime = Runtime(config.device, config.precision, config.threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -31,28 +32,41 @@ class RunFolder:
         self.started = time.time()
 
     @classmethod
-    def create(cls, config: Config) -> RunFolder:
-        """Make an empty run folder with its ``config.yaml``.
+    def check(cls, config: Config) -> Path:
+        """Whether a run can be written to ``output_dir``; changes nothing.
 
         Raises:
             UserError: the folder is not empty (unless ``overwrite`` and it is a run), cannot be
                 written, or is no folder.
         """
         path = Path(config.output_dir).expanduser()
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output_dir '{path}': expected a folder, got a file")
+        parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir '{path}': no permission to write in '{parent}'")
+        if path.is_dir() and any(path.iterdir()):
+            if not config.overwrite:
+                raise UserError(
+                    f"output_dir '{path}': expected an empty or new folder; choose another with "
+                    "--output_dir, or replace this run with --overwrite true"
+                )
+            if not (path / "config.yaml").is_file():
+                raise UserError(
+                    f"output_dir '{path}': not a run folder (no config.yaml), so it is not "
+                    "overwritten; choose another"
+                )
+        return path
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        """Make an empty run folder with its ``config.yaml``; UserError as in `check`."""
+        path = cls.check(config)
+        folder = cls(path)
         try:
-            if path.is_dir() and any(path.iterdir()):
-                if not config.overwrite:
-                    raise UserError(
-                        f"output_dir '{path}': expected an empty or new folder; choose another, "
-                        "or replace this run with --overwrite true"
-                    )
-                if not (path / "config.yaml").is_file():
-                    raise UserError(
-                        f"output_dir '{path}': not a run folder (no config.yaml), so it is not "
-                        "overwritten; choose another"
-                    )
-                shutil.rmtree(path)
-            folder = cls(path)
+            if path.is_dir():
+                for old in path.iterdir():
+                    shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
             for sub in (folder.images, folder.checkpoints, folder.export):
                 sub.mkdir(parents=True, exist_ok=True)
             write_atomic(path / "config.yaml", to_yaml(config).encode())
