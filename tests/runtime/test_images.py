@@ -187,7 +187,7 @@ def test_save_image_writes_a_png_and_no_leftovers(tmp_path):
 
 
 def test_grids_are_listed_in_order_of_epochs_and_replaced(tmp_path):
-    for epoch, title in [(0, "start"), (12, "end?"), (6, "during"), (12, "end")]:
+    for epoch, title in [(12, "end"), (6, "?"), (0, "start"), (6, "during")]:
         save_grid(tmp_path, Image.new("RGB", (4, 4)), epoch, title)
     assert json.loads((tmp_path / "index.json").read_text()) == [
         {"file": "epoch_0000.png", "epoch": 0, "title": "start"},
