@@ -44,15 +44,30 @@ def parse(argv: Sequence[str], program: str, description: str) -> Arguments | No
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=keys_help(),
     )
-    parser.add_argument("recipe", nargs="?", default="tiny", metavar="RECIPE",
-                        help="built-in recipe or path of a YAML file (default: tiny)")
-    parser.add_argument("--config", action="append", default=[], type=Path, metavar="FILE",
-                        help="YAML file whose keys win over the recipe's; may be repeated")
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        default="tiny",
+        metavar="RECIPE",
+        help="built-in recipe or path of a YAML file (default: tiny)",
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="YAML file whose keys win over the recipe's; may be repeated",
+    )
     parser.add_argument("--list", action="store_true", help="list the built-in recipes")
-    parser.add_argument("--print-config", action="store_true",
-                        help="print the complete configuration as YAML and stop")
-    positional, overrides = _split(argv, {"--config": 1, "--list": 0, "--print-config": 0,
-                                          "--help": 0, "-h": 0})
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the complete configuration as YAML and stop",
+    )
+    positional, overrides = _split(
+        argv, {"--config": 1, "--list": 0, "--print-config": 0, "--help": 0, "-h": 0}
+    )
     options = parser.parse_args(positional)
     if options.list:
         for name in recipe_names():
@@ -61,9 +76,7 @@ def parse(argv: Sequence[str], program: str, description: str) -> Arguments | No
     return Arguments(load_config(options.recipe, options.config, overrides), options.print_config)
 
 
-def _split(
-    argv: Sequence[str], known: dict[str, int]
-) -> tuple[list[str], list[tuple[str, str]]]:
+def _split(argv: Sequence[str], known: dict[str, int]) -> tuple[list[str], list[tuple[str, str]]]:
     """Separate the parser's own options from ``--key value`` and ``--key=value`` pairs."""
     own: list[str] = []
     pairs: list[tuple[str, str]] = []
@@ -94,8 +107,13 @@ def keys_help() -> str:
             area = head
             lines.append(f"\n  {area}")
         default = field.get_default(call_default_factory=True)
-        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) \
+        shown = (
+            "null"
+            if default is None
+            else str(default).lower()
+            if isinstance(default, bool)
             else str(default)
+        )
         lines.append(f"    --{dotted} {type_name(field.annotation)}  (default: {shown})")
         lines.append(f"        {field.description}")
     return "\n".join(lines)

@@ -44,7 +44,9 @@ def _pair(value: Any) -> Any:
 
 def _clip_range(value: Any) -> Any:
     parts = value if isinstance(value, (list, tuple)) else [value]
-    numbers = [p for p in parts if isinstance(p, (int, float)) and not isinstance(p, bool) and p > 0]
+    numbers = [
+        p for p in parts if isinstance(p, (int, float)) and not isinstance(p, bool) and p > 0
+    ]
     if len(numbers) != len(parts) or (parts is value and len(parts) != 2):
         raise ValueError("expected a positive number or a pair [low, high] of them")
     return tuple(float(n) for n in numbers) if parts is value else float(numbers[0])
@@ -137,9 +139,7 @@ class AlgorithmConfig(Section):
     kl_coef: NonNegativeFloat = key(0.1, "weight of the KL penalty; 0: no reference pass")
     kl_scale: Literal["exact", "official"] = key("exact", "variance in the KL")
     kl_reduction: Literal["gated", "batch"] = key("gated", "KL averaged over gated or all samples")
-    clip_range: ClipRange = key(
-        1e-4, "PPO clip range, or [low, high]"
-    )
+    clip_range: ClipRange = key(1e-4, "PPO clip range, or [low, high]")
     adv_clip: PositiveFloat = key(5.0, "advantages are clamped to +- this")
     advantage_norm: Literal["none", "group_std", "global_std"] = key(
         "none", "what centred rewards are divided by"
@@ -194,6 +194,7 @@ class EvaluationConfig(Section):
 class Config(Section):
     """The whole run. Attributes are the areas of the command line."""
 
+    recipe: str = key("", "name of the recipe, for reports; filled in from the command line")
     seed: NonNegative = key(42, "seed of everything random")
     output_dir: str = key("runs/{recipe}", "run folder; {recipe} is replaced")
     overwrite: bool = key(False, "replace the contents of an existing run folder")
@@ -271,7 +272,7 @@ def recipe_description(name: str) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises UserError with the file and the place of the mistake."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (safe subclass)
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"config file '{path}' does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -305,7 +306,7 @@ _Loader.add_implicit_resolver(
 def parse_value(text: str) -> Any:
     """Read a command-line value as YAML does: numbers, true/false, null, lists, else a string."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 (safe subclass)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
 
@@ -335,8 +336,9 @@ def load_config(
             value = {part: value}
         _merge(data, value)
     config = validate(data)
-    name = Path(recipe).stem
-    return config.model_copy(update={"output_dir": config.output_dir.replace("{recipe}", name)})
+    name = config.recipe or Path(recipe).stem
+    folder = config.output_dir.replace("{recipe}", name)
+    return config.model_copy(update={"recipe": name, "output_dir": folder})
 
 
 def _takes_text(dotted: str) -> bool:
@@ -357,7 +359,7 @@ def _recipe_path(recipe: str) -> Path:
 
 
 def validate(data: Mapping[str, Any]) -> Config:
-    """Check a nested mapping against the schema; UserError names the key, the need and the value."""
+    """Check a nested mapping against the schema; UserError names the key, need and value."""
     _check_keys(data)
     try:
         return Config.model_validate(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ class Trainer:
             reset = self.adaptive_reference.update(kl)
             if reset:
                 self.adapters.copy(POLICY, REFERENCE)
+        rows_per_sample = 2 if self.sampler.guided else 1
         samples = config.prompts.per_epoch * config.prompts.group_size
         return {
             **shaped.metrics,
@@ -131,6 +133,7 @@ class Trainer:
             "reference/reset": int(reset),
             "forwards/policy": self.model.rows - rows_before - rows_reference,
             "forwards/reference": rows_reference,
+            "forwards/reference_ungated": len(rollout) * len(data.steps) * rows_per_sample,
             "images_per_second": samples / self.progress.timer.metrics()["time/epoch"],
         }
 
@@ -179,14 +182,15 @@ class Trainer:
 
     def evaluate(self, folder: RunFolder, epoch: int, name: str) -> None:
         """Held-out evaluation after ``epoch`` epochs, with a grid of the same seeds."""
+        started = time.perf_counter()
         with self.progress.stage("evaluate"):
             result = self.evaluator()
-            self.evaluations.write({"epoch": epoch, "name": name, **result.metrics})
+            row = {"epoch": epoch, "name": name, "weights": "live", **result.metrics}
+            self.evaluations.write({**row, "time/evaluate": time.perf_counter() - started})
             if len(result.images):
-                title = f"{name}, after {epoch} epochs"
                 columns = max(1, round(len(result.images) ** 0.5 * 1.3))
-                grid = image_grid(result.images, result.captions, columns, title=title)
-                save_grid(folder.images, grid, epoch, title)
+                grid = image_grid(result.images, result.captions, columns)
+                save_grid(folder.images, grid, epoch, f"{name}, after {epoch} epochs")
         self.progress.timer.reset()
 
     def export(self, folder: RunFolder) -> None:
@@ -198,6 +202,7 @@ class Trainer:
             self.adapters.export(self.model, str(folder.export))
         trainable = sum(p.numel() for p in self.adapters.parameters().values())
         folder.write_summary(
+            recipe=self.config.recipe,
             hardware=self.runtime.hardware(),
             world_size=self.runtime.world_size,
             trainable_parameters=trainable,

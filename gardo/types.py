@@ -41,7 +41,7 @@ class RewardOutput:
 
 @dataclass
 class PromptEmbeds:
-    """Conditioning of a batch of prompts: named tensors that share their first dimension ``[B, ...]``.
+    """Conditioning of a batch of prompts: named tensors ``[B, ...]``.
 
     Models name the tensors as their transformer does (``encoder_hidden_states``, ...).
     """

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import gardo_kernels as gk
 import torch
 from torch import Tensor
 
+import gardo_kernels as gk
 from gardo.algorithms.reference import ReferenceVelocities
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.config import AlgorithmConfig, TrainConfig

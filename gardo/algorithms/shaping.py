@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
-import gardo_kernels as gk
 import torch
 from torch import Tensor
 
+import gardo_kernels as gk
 from gardo.config import AlgorithmConfig
 from gardo.rewards.scoring import RewardSet, ScoreBook, reward_metrics
 from gardo.runtime.process import Runtime
@@ -66,18 +67,14 @@ class Shaper:
         metrics["gate/fraction"] = self.controller.fraction
         metrics["gate/share"] = float(shaped.gate.double().mean())
         metrics["uncertainty/mean"] = float(shaped.mean_uncertainty)
-        starts = [0]
-        for size in plan.update_sizes:
-            starts.append(starts[-1] + size)
+        starts = accumulate(plan.update_sizes, initial=0)
         mine = plan.sample_ids.to(shaped.gate.device)
         gate = shaped.gate[mine]
         return ShapedEpoch(
             advantage=shaped.advantage[mine].float(),
             gate=gate,
             gated_rows=tuple(gate.nonzero().flatten().tolist()),
-            gated_per_update=tuple(
-                int(shaped.gate[a:b].sum()) for a, b in zip(starts, starts[1:])
-            ),
+            gated_per_update=tuple(int(shaped.gate[a:b].sum()) for a, b in pairwise(starts)),
             metrics=metrics,
         )
 
@@ -92,7 +89,9 @@ class Shaper:
                 proxy,
                 aux,
                 group_ids,
-                distance=distance.double() if self.config.diversity and distance is not None else None,
+                distance=distance.double()
+                if self.config.diversity and distance is not None
+                else None,
                 fraction=fraction,
                 advantage_norm=self.config.advantage_norm,
                 gate=self.gate_mode,

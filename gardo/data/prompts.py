@@ -26,7 +26,9 @@ def load_prompts(config: PromptsConfig) -> list[Prompt]:
     else:
         prompts = [Prompt(scene.prompt, scene.metadata) for scene in all_scenes()]
         source = f"prompt generator '{config.generator}'"
-    distinct = list({(p.text, json.dumps(dict(p.metadata), sort_keys=True)): p for p in prompts}.values())
+    distinct = list(
+        {(p.text, json.dumps(dict(p.metadata), sort_keys=True)): p for p in prompts}.values()
+    )
     if len(distinct) < config.per_epoch:
         raise UserError(
             f"prompts.per_epoch: expected at most the {len(distinct)} distinct prompts of "
@@ -53,11 +55,12 @@ def read_prompt_file(path: Path) -> list[Prompt]:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"prompt file '{path}', line {line}: expected UTF-8 text") from None
     prompts = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            parse = Prompt if path.suffix == ".txt" else _parse_record
+    for number, row in enumerate(text.split("\n"), start=1):
+        if row.strip():
             try:
-                prompts.append(parse(line.strip()))
+                prompts.append(
+                    _parse_record(row) if path.suffix == ".jsonl" else Prompt(row.strip())
+                )
             except ValueError as error:
                 raise UserError(f"prompt file '{path}', line {number}: {error}") from None
     if not prompts:

@@ -13,6 +13,7 @@ from gardo.evaluation.metrics import feature_distance, mean_pairwise_distance
 from gardo.models.base import FlowModel
 from gardo.models.embeddings import EmbeddingTable
 from gardo.rewards.scoring import RewardSet, ScoreBook, reward_metrics
+from gardo.runtime.images import caption
 from gardo.runtime.rng import generator
 from gardo.sampling.plan import batches
 from gardo.sampling.rollout import Sampler, step_table
@@ -109,8 +110,6 @@ class HeldOutEvaluator:
         names = self.rewards.training_names
         columns = [book.scores(name)[:shown].tolist() for name in names]
         return [
-            "\n".join(
-                [prompt.text, "  ".join(f"{n} {s:.2f}" for n, s in zip(names, scores))]
-            )
-            for prompt, *scores in zip(self.samples, *columns)
+            caption(prompt.text, dict(zip(names, scores, strict=True)))
+            for prompt, *scores in zip(self.samples[:shown], *columns, strict=True)
         ]

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class LoraAdapters:
             target_modules=targets,
             init_lora_weights="gaussian",
         )
-        self.transformer: Any = model.transformer
+        self.transformer = cast(Any, model.transformer)
         self.peft_config = peft_config
         with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
             torch.manual_seed(seed)
@@ -51,7 +51,7 @@ class LoraAdapters:
                         f"model.lora.targets: no module of {type(self.transformer).__name__} "
                         f"matches {targets}"
                     ) from error
-        self._layers = [m for m in self.transformer.modules() if _is_lora_layer(m)]
+        self._layers: list[Any] = [m for m in self.transformer.modules() if _is_lora_layer(m)]
         # by name, not by requires_grad: adding an adapter freezes the others
         self._parameters = {name: dict(self._named(name)) for name in names}
         for parameters in self._parameters.values():
@@ -115,7 +115,7 @@ class FullCopies:
     """
 
     def __init__(self, model: FlowModel, names: Sequence[str]) -> None:
-        self.transformer = model.transformer
+        self.transformer = cast(Any, model.transformer)
         self._model = model
         self.transformer.float().requires_grad_(True)
         self._modules = {POLICY: self.transformer}
@@ -147,7 +147,7 @@ class FullCopies:
 
     def export(self, model: FlowModel, folder: str) -> None:
         """Write the policy's transformer as diffusers' own folder."""
-        self.transformer.save_pretrained(f"{folder}/transformer")  # type: ignore[operator]
+        self.transformer.save_pretrained(f"{folder}/transformer")
 
 
 Adapters = LoraAdapters | FullCopies
@@ -161,9 +161,7 @@ def build_adapters(model: FlowModel, config: ModelConfig, seed: int) -> Adapters
     return LoraAdapters(model, config, seed, names)
 
 
-def load_exactly(
-    parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str
-) -> None:
+def load_exactly(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
     """Copy a state dict into parameters of the same names and shapes, or raise ValueError."""
     if parameters.keys() != state.keys():
         missing, extra = parameters.keys() - state.keys(), state.keys() - parameters.keys()

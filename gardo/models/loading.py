@@ -114,7 +114,9 @@ def _family(class_name: str, config: ModelConfig) -> str:
     for family, (pipeline, _) in FAMILIES.items():
         if class_name == pipeline and config.family in ("auto", family):
             return family
-    wanted = FAMILIES[config.family][0] if config.family in FAMILIES else " or ".join(
-        pipeline for pipeline, _ in FAMILIES.values()
+    wanted = (
+        FAMILIES[config.family][0]
+        if config.family in FAMILIES
+        else " or ".join(pipeline for pipeline, _ in FAMILIES.values())
     )
     raise UserError(f"model.path '{config.path}': expected a {wanted}, got a {class_name}")

@@ -33,6 +33,6 @@ def normal_rows(generators: Sequence[torch.Generator], shape: Sequence[int]) -> 
     """Standard normal noise ``[len(generators), *shape]`` float32, a row from each generator."""
     device = generators[0].device
     out = torch.empty((len(generators), *shape), device=device)
-    for row, source in zip(out, generators):
+    for row, source in zip(out, generators, strict=True):
         row.normal_(generator=source)
     return out

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import gardo_kernels as gk
 import torch
 from torch import Tensor
 
+import gardo_kernels as gk
 from gardo.config import SamplingConfig
-from gardo.models.base import FlowModel, Schedule
+from gardo.models.base import FlowModel, Schedule, Velocity
 from gardo.models.embeddings import EMPTY, EmbeddingTable
 from gardo.runtime.rng import derive_seed, generator, normal_rows
 from gardo.sampling.plan import EpochPlan, batches, padded_rows
@@ -128,7 +128,7 @@ class Sampler:
     def guided(self) -> bool:
         return self.guidance_scale > 1.0
 
-    def velocity(self, latents: Tensor, timesteps: Tensor, prompts: Sequence[str]):
+    def velocity(self, latents: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Velocity:
         """Velocities of the model for rows of prompts, with the empty prompt's if guided."""
         uncond = self.embeddings([EMPTY] * len(prompts)) if self.guided else None
         return self.model.velocity(latents, timesteps, self.embeddings(prompts), uncond)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from gardo.config import load_config
 from gardo.models.adapters import build_adapters
 from gardo.models.embeddings import EmbeddingTable

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-import gardo_kernels as gk
 import pytest
 import torch
+
+import gardo_kernels as gk
 from gardo.algorithms.grpo import GRPO, TrainingData, UpdateStats
 from gardo.algorithms.reference import AdaptiveReference, reference_pass, trained_steps
 from gardo.algorithms.shaping import ShapedEpoch, Shaper
@@ -17,7 +18,6 @@ from gardo.rewards.scoring import RewardSet, ScoreBook, reward_metrics
 from gardo.runtime.process import Runtime
 from gardo.sampling.plan import plan_epoch
 from gardo.sampling.rollout import step_table
-
 from tests.gardo.conftest import PROMPTS
 from tests.gardo.test_models import perturb
 
@@ -130,7 +130,7 @@ def test_gradient_does_not_depend_on_the_batch_size(
     config.algorithm.kl_reduction = kl_reduction
     config.algorithm.kl_coef = 10.0
     reference = reference_pass(sampler, adapters, rollout, shaped.gated_rows, STEPS)
-    whole, (metrics, kl) = gradients_of_update(
+    whole, (_, kl) = gradients_of_update(
         config, runtime, adapters, sampler, rollout, shaped, reference, batch_size=4
     )
     cut, (cut_metrics, cut_kl) = gradients_of_update(
@@ -143,9 +143,7 @@ def test_gradient_does_not_depend_on_the_batch_size(
         assert cut_metrics["ratio/max_abs_dev"] < 1e-4
 
 
-def test_update_is_the_formula_of_the_design(
-    config, runtime, adapters, make_sampler, rollout
-):
+def test_update_is_the_formula_of_the_design(config, runtime, adapters, make_sampler, rollout):
     """The weighted micro-batches add up to mean policy loss + kl_coef * mean KL of the gated."""
     sampler, shaped = make_sampler(2.0), shaped_epoch([1, 2, 6])
     reference = reference_pass(sampler, adapters, rollout, shaped.gated_rows, STEPS)
@@ -191,7 +189,14 @@ def test_one_update_without_gate_leaves_the_other_updates_gate_alone(
     reference = reference_pass(make_sampler(2.0), adapters, rollout, [6, 7], STEPS)
     results = [
         gradients_of_update(
-            config, runtime, adapters, make_sampler(2.0), rollout, shaped, reference, i,
+            config,
+            runtime,
+            adapters,
+            make_sampler(2.0),
+            rollout,
+            shaped,
+            reference,
+            i,
             batch_size=4,
         )[1][1]
         for i in (0, 1)
@@ -273,13 +278,11 @@ def test_missing_scores_are_masked_and_counted(config, runtime):
 
 def test_the_fraction_adapts_before_the_gate_is_drawn(config, runtime):
     shaper, plan = shaper_of(config), plan_epoch(2, 4, 2)
-    reference = gk.AdaptiveFraction(0.1)
+    reference, names = gk.AdaptiveFraction(0.1), ("count", "shape_fit", "clean")
     for scale in (1.0, 0.5, 2.0):
         generator = torch.Generator().manual_seed(int(scale * 10))
         scores = torch.rand(3, 8, generator=generator) * scale
-        shaped = shaper(
-            book_of(**dict(zip(("count", "shape_fit", "clean"), scores.tolist()))), plan, runtime
-        )
+        shaped = shaper(book_of(**dict(zip(names, scores.tolist(), strict=True))), plan, runtime)
         win = gk.win_rate(scores.double())
         uncertainty = win[0] - win[1:].mean(0)
         fraction = reference.update(float(uncertainty[uncertainty >= 0].mean()))

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import yaml
+
 from gardo import cli
 from gardo.train import main
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
+
 from gardo.config import Config, iter_keys, load_config, recipe_names, to_yaml, validate
 from gardo.types import UserError
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from gardo.config import PromptsConfig
 from gardo.data.prompts import PromptSampler, load_prompts, read_prompt_file
 from gardo.runtime.rng import derive_seed, generator, normal_rows
@@ -56,7 +57,9 @@ def test_every_pass_draws_every_prompt_once_and_epochs_are_reproducible():
     sampler = PromptSampler(prompts, per_epoch=4, seed=3)
     epochs = [sampler.indices(e) for e in range(6)]
     for first in (0, 3):
-        assert Counter(sum(epochs[first : first + 3], [])) == Counter(range(12))
+        assert Counter(i for epoch in epochs[first : first + 3] for i in epoch) == Counter(
+            range(12)
+        )
     assert epochs[:3] != epochs[3:]
     assert PromptSampler(prompts, 4, seed=3).indices(5) == epochs[5]
     assert PromptSampler(prompts, 4, seed=4).indices(5) != epochs[5]
@@ -87,7 +90,7 @@ def test_updates_train_the_same_samples_on_any_number_of_processes(
 def test_every_update_sees_all_prompts():
     plan = plan_epoch(8, 16, 2)
     for rows in plan.updates:
-        assert Counter(plan.prompt_index[rows].tolist()) == Counter({i: 8 for i in range(8)})
+        assert Counter(plan.prompt_index[rows].tolist()) == Counter(list(range(8)) * 8)
 
 
 def test_batches_cover_rows_and_padding_repeats_the_last():

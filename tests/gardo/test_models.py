@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import gardo_kernels as gk
 import pytest
 import torch
+
+import gardo_kernels as gk
 from gardo.algorithms.ema import EMA
 from gardo.config import load_config
 from gardo.models.adapters import POLICY, REFERENCE, build_adapters
@@ -15,7 +16,6 @@ from gardo.runtime.rng import generator
 from gardo.sampling.plan import plan_epoch
 from gardo.sampling.rollout import sde_window, step_table
 from gardo.types import UserError
-
 from tests.gardo.conftest import PROMPTS
 
 CPU = torch.device("cpu")
@@ -51,8 +51,7 @@ def test_sampler_without_noise_equals_the_pipeline(model, make_sampler, guidance
     torch.testing.assert_close(latents[-1], expected, rtol=1e-5, atol=1e-5)
     images = model.decode(latents[-1])
     reference = model.pipeline.vae.decode(
-        expected / model.pipeline.vae.config.scaling_factor
-        + model.pipeline.vae.config.shift_factor
+        expected / model.pipeline.vae.config.scaling_factor + model.pipeline.vae.config.shift_factor
     ).sample
     torch.testing.assert_close(images, (reference / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
 
@@ -234,7 +233,8 @@ def test_window_puts_noise_on_its_steps_only(model, config):
     windows = [sde_window(sampling, 0, epoch) for epoch in range(50)]
     assert {w.start for w in windows} == {1, 2, 3, 4}
     assert all(len(w) == 2 for w in windows)
-    table = step_table(model.schedule(10, 24), CPU, kind="flow", noise_level=0.7, window=range(3, 5))
+    schedule = model.schedule(10, 24)
+    table = step_table(schedule, CPU, kind="flow", noise_level=0.7, window=range(3, 5))
     assert table.stochastic == (3, 4)
     assert [c.kind for c in table.coefficients].count("ode") == 8
     assert sde_window(config.sampling, 0, 0) is None

@@ -9,13 +9,14 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from gardo.config import load_config
 from gardo.runtime.process import Runtime
 from gardo.runtime.run_folder import RunFolder
 from gardo.sampling.rollout import step_table
 from gardo.train import train
 from gardo.trainer import Trainer
-from safetensors.torch import load_file
 
 SHORT = {
     "epochs": "2",
@@ -69,9 +70,7 @@ def rows(path):
 
 def comparable(row):
     """A row of metrics without what the clock decides."""
-    return {
-        k: v for k, v in row.items() if not k.startswith("time/") and k != "images_per_second"
-    }
+    return {k: v for k, v in row.items() if not k.startswith("time/") and k != "images_per_second"}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +128,7 @@ def test_same_seed_same_run_and_another_seed_differs(finished, tmp_path):
 @pytest.mark.parametrize("ema", ["false", "true"])
 def test_export_in_plain_diffusers_equals_the_policy(tmp_path, ema):
     from diffusers import StableDiffusion3Pipeline
+
     from gardo.tiny import pipeline_path
 
     settings = {
@@ -186,8 +186,12 @@ def test_export_in_plain_diffusers_equals_the_policy(tmp_path, ema):
     "changes",
     [
         {"algorithm.kl_coef": "0", "algorithm.diversity": "false"},  # GRPO
-        {"algorithm.gate.mode": "all", "algorithm.reference.kl_threshold": "0",
-         "algorithm.reference.reset_every": "0", "algorithm.diversity": "false"},  # GRPO + KL
+        {
+            "algorithm.gate.mode": "all",
+            "algorithm.reference.kl_threshold": "0",
+            "algorithm.reference.reset_every": "0",
+            "algorithm.diversity": "false",
+        },  # GRPO + KL
         {"algorithm.compat": "official", "algorithm.advantage_norm": "global_std"},
         {"sampling.guidance_scale": "2.0", "sampling.sde": "cps", "sampling.same_latent": "true"},
         {"sampling.sde_window": "2", "train.timestep_fraction": "1.0", "sampling.sde": "dance"},
@@ -212,8 +216,15 @@ def test_parts_switch_on_and_off(tmp_path, changes):
 
 
 def test_reference_follows_the_policy_when_asked(tmp_path):
-    train_here(tmp_path / "run", **{"algorithm.reference.reset_every": "1", "epochs": "2",
-                             "algorithm.gate.mode": "all", "train.updates_per_epoch": "1"})
+    train_here(
+        tmp_path / "run",
+        **{
+            "algorithm.reference.reset_every": "1",
+            "epochs": "2",
+            "algorithm.gate.mode": "all",
+            "train.updates_per_epoch": "1",
+        },
+    )
     for row in rows(tmp_path / "run" / "metrics.jsonl"):
         assert row["reference/reset"] == 1
         assert row["kl"] == 0.0  # the reference is the policy that sampled
