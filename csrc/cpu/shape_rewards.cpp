@@ -5,6 +5,8 @@
 #include <limits>
 #include <vector>
 
+#include "groups.h"
+
 namespace gardo {
 namespace {
 
@@ -14,36 +16,6 @@ struct Keyed {
   double key;
   int64_t index;
 };
-
-// Sample indices ordered by group (and within a group by index); `start` delimits the groups.
-struct Groups {
-  std::vector<int64_t> order;
-  std::vector<int64_t> start;
-
-  int64_t count() const { return static_cast<int64_t>(start.size()) - 1; }
-};
-
-Groups sort_groups(const int64_t* ids, int64_t n) {
-  std::vector<std::pair<int64_t, int64_t>> keyed(n);
-  for (int64_t i = 0; i < n; ++i) keyed[i] = {ids[i], i};
-  if (!std::is_sorted(keyed.begin(), keyed.end())) std::sort(keyed.begin(), keyed.end());
-  Groups groups;
-  groups.order.resize(n);
-  for (int64_t i = 0; i < n; ++i) {
-    groups.order[i] = keyed[i].second;
-    if (i == 0 || keyed[i].first != keyed[i - 1].first) groups.start.push_back(i);
-  }
-  groups.start.push_back(n);
-  return groups;
-}
-
-Groups single_group(int64_t n) {
-  Groups all;
-  all.order.resize(n);
-  for (int64_t i = 0; i < n; ++i) all.order[i] = i;
-  all.start = {0, n};
-  return all;
-}
 
 // A sample takes part when its proxy and all its auxiliary rewards are numbers.
 std::vector<std::uint8_t> valid_samples(const ShapeRewardsParams& p) {

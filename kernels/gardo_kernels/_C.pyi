@@ -1,23 +1,14 @@
-"""Types of the compiled core (csrc/bindings.cpp); addresses are `Tensor.data_ptr()`, 0 is null."""
+"""Types of the compiled core (csrc/bindings.cpp, which documents the arguments)."""
+
+from typing import Any
 
 has_openmp: bool
 
-def shape_rewards(
-    *,
-    proxy: int,
-    aux: int,
-    group_ids: int,
-    distance: int,
-    num_samples: int,
-    num_aux: int,
-    fraction: float,
-    advantage_norm: int,
-    gate_mode: int,
-    scope: int,
-    num_threads: int,
-    advantage: int,
-    uncertainty: int,
-    gate: int,
-    threshold: int,
-    mean_uncertainty: int,
-) -> None: ...
+def shape_rewards(**kwargs: Any) -> None: ...
+def nearest_neighbor(**kwargs: Any) -> None: ...
+def sde_step(**kwargs: Any) -> None: ...
+def sde_log_prob(**kwargs: Any) -> None: ...
+def affine_backward(**kwargs: Any) -> None: ...
+def grpo_loss(**kwargs: Any) -> None: ...
+def nft_loss(**kwargs: Any) -> None: ...
+def nft_backward(**kwargs: Any) -> None: ...

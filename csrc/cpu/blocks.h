@@ -1,0 +1,70 @@
+// The loop over the blocks of all rows, with one set of scratch blocks per thread.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "block_ops.h"
+
+namespace gardo {
+
+struct alignas(64) Scratch {
+  float x[kBlock], y[kBlock], v[kBlock], w[kBlock], p[kBlock], q[kBlock], r[kBlock];
+};
+
+inline std::int64_t blocks_per_row(const Extent& e) {
+  return (e.row_size + kBlock - 1) / kBlock;
+}
+
+// Calls body(row, offset in the tensors, element in the row, size, index of the block, scratch).
+template <typename Body>
+void for_each_block(const Extent& e, const Body& body) {
+  const std::int64_t per_row = blocks_per_row(e);
+  const std::int64_t total = e.rows * per_row;
+  // A few shares per thread: no thread waits long for one whose core is busy with something else.
+  const std::int64_t share = std::max<std::int64_t>(1, total / (8 * e.num_threads));
+  (void)share;  // unused without OpenMP
+#pragma omp parallel num_threads(e.num_threads) if (total > 4)
+  {
+    Scratch scratch;
+#pragma omp for schedule(dynamic, share)
+    for (std::int64_t index = 0; index < total; ++index) {
+      const std::int64_t row = index / per_row;
+      const std::int64_t element = (index % per_row) * kBlock;
+      const std::int64_t n = std::min(kBlock, e.row_size - element);
+      body(row, row * e.row_size + element, element, n, index, scratch);
+    }
+  }
+}
+
+// One partial sum per block, added up per row in the order of the blocks.
+class RowSums {
+ public:
+  explicit RowSums(const Extent& e)
+      : per_row_(blocks_per_row(e)), partial_(static_cast<std::size_t>(e.rows * per_row_), 0.0) {}
+
+  double& operator[](std::int64_t block) { return partial_[static_cast<std::size_t>(block)]; }
+
+  double total(std::int64_t row) const {
+    double sum = 0.0;
+    for (std::int64_t j = 0; j < per_row_; ++j) sum += partial_[row * per_row_ + j];
+    return sum;
+  }
+
+ private:
+  std::int64_t per_row_;
+  std::vector<double> partial_;
+};
+
+// The velocity of a block: guided where there is an unconditional one. Uses scratch x, y, v.
+inline const float* load_velocity(const Velocity& velocity, std::int64_t offset, std::int64_t n,
+                                  Scratch& s) {
+  const float* cond = load_block(velocity.cond, offset, n, s.x);
+  if (velocity.uncond.data == nullptr) return cond;
+  const float* uncond = load_block(velocity.uncond, offset, n, s.y);
+  guide(cond, uncond, velocity.guidance_scale, n, s.v);
+  return s.v;
+}
+
+}  // namespace gardo
