@@ -33,11 +33,18 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-12)
+    # Every step multiplies x by a polynomial of its Gram matrix. The polynomials commute, so they
+    # are gathered among the small square matrices and x is multiplied once.
     a, b, c = NEWTON_SCHULZ
+    gram = x @ x.mT
+    identity = torch.eye(gram.shape[1], dtype=x.dtype, device=x.device)
+    product = identity.expand_as(gram)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    result = product @ x
+    return result.mT if tall else result
 
 
 class Muon(Optimizer):
@@ -67,17 +74,19 @@ class Muon(Optimizer):
         if closure is not None:
             raise ValueError("closure: expected None, Muon evaluates no closure")
         for group in self.param_groups:
-            same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            same_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    same_shape[parameter.shape].append(parameter)
-            for shape, parameters in same_shape.items():
+                    same_shape[parameter.shape].append((parameter, parameter.grad))
+            for shape, members in same_shape.items():
                 updates = []
-                for parameter in parameters:
-                    gradient = parameter.grad
-                    buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(gradient))
-                    buffer.lerp_(gradient, 1 - group["momentum"])
+                for parameter, gradient in members:
+                    state = self.state[parameter]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(gradient)
+                    buffer = state["momentum"].lerp_(gradient, 1 - group["momentum"])
                     updates.append(gradient.lerp(buffer, group["momentum"]))
                 scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-                for parameter, update in zip(parameters, orthogonalize(torch.stack(updates))):
+                directions = orthogonalize(torch.stack(updates))
+                for (parameter, _), update in zip(members, directions, strict=True):
                     parameter.add_(update, alpha=-scale)

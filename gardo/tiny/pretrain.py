@@ -33,8 +33,8 @@ UNIFORM_SHARE = 0.2  # timesteps drawn uniformly, else logit-normally
 class FlowSettings:
     """Settings of :func:`train_transformer`."""
 
-    steps: int = 2400
-    batch_size: int = 64
+    steps: int = 2000
+    batch_size: int = 48
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
     ema_decay: float = 0.99
@@ -214,7 +214,8 @@ def _optimizers(
     transformer: SD3Transformer2DModel, settings: FlowSettings
 ) -> list[tuple[Optimizer, float]]:
     """Muon on the matrices of the blocks, AdamW on embeddings, output, biases and norms."""
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in transformer.named_parameters():
         inner = name.startswith("transformer_blocks") and parameter.ndim == 2
         (matrices if inner else rest).append(parameter)

@@ -17,8 +17,11 @@ from gardo.tiny.scenes import COLORS, NUMBERS, SHAPES
 
 WORDS = (*NUMBERS, *COLORS, *SHAPES, *(f"{shape}s" for shape in SHAPES))
 # Words that may stand around a prompt without meaning anything here.
-FILLERS = ("a", "an", "the", "some", "of", "on", "with", "photo", "image", "picture", "draw", "grey")
-MAX_TOKENS = 12  # of the CLIP tokenizers; a prompt of the grammar needs five
+FILLERS = (
+    *("a", "an", "the", "some", "of", "on", "with"),
+    *("photo", "image", "picture", "draw", "grey"),
+)
+MAX_TOKENS = 8  # of the CLIP tokenizers; a prompt of the grammar needs five
 
 CLIP_BOS, CLIP_EOS, CLIP_PAD, CLIP_UNK = "<|startoftext|>", "<|endoftext|>", "<|pad|>", "<|unk|>"
 T5_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's mark of a word's beginning
