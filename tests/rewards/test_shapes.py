@@ -153,6 +153,42 @@ def test_a_second_color_or_a_stray_object_is_not_strict() -> None:
     assert im.score(strict, image, scene).item() == 0
 
 
+def test_strict_refuses_each_fault_alone() -> None:
+    strict = build_reward("strict_count")
+    one = [Scene(1, "red", "square")]
+    assert im.score(strict, blocks((9, 9)), one).item() == 1
+    assert im.score(strict, blocks((9, 9), size=2), one).item() == 0  # too small
+    assert im.score(strict, blocks((9, 9), size=8), one).item() == 0  # too large
+    red, grey = torch.tensor(COLORS["red"])[:, None, None], 0.5
+    faded, impure, stray = (blocks((9, 9)) for _ in range(3))
+    faded[0, :, 9:13, 9:13] = grey + 0.6 * (red - grey)
+    assert im.score(strict, faded, one).item() == 0
+    impure[0, 1:, 9:13, 9:13] += torch.tensor([0.3, -0.1])[:, None, None]
+    assert im.score(strict, impure, one).item() == 0
+    stray[0, 1, 1, 1:3] += 0.15
+    assert im.score(strict, stray, one).item() == 1  # two stray pixels are forgiven
+    stray[0, 1, 1, 3] += 0.15
+    assert im.score(strict, stray, one).item() == 0
+
+
+def test_strict_refuses_one_wrong_shape_among_right_ones() -> None:
+    nine = [Scene(9, "red", "square"), Scene(9, "red", "circle")]  # every cell of 8 x 8 is filled
+    squares, circles = im.render(nine, torch.Generator().manual_seed(5))
+    strict = build_reward("strict_count")
+    assert im.score(strict, squares[None], nine[:1]).item() == 1
+    squares[:, :8, :8] = circles[:, :8, :8]
+    assert im.score(build_reward("count", color_weight=0.0), squares[None], nine[:1]).item() == 1
+    assert im.score(strict, squares[None], nine[:1]).item() == 0
+
+
+def test_bars_are_no_objects_but_dirt() -> None:
+    bar = torch.full((1, 3, 24, 24), 0.5)
+    bar[0, :, 10:12, 6:12] = torch.tensor(COLORS["red"])[:, None, None]  # 2 x 6 pixels
+    scene = [Scene(1, "red", "square")]
+    assert im.score(build_reward("clean"), bar, scene).item() == 0
+    assert im.score(build_reward("count"), bar, scene).item() > 1
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.4])
 def test_stripes_raise_the_proxy_and_lower_everything_else(
     real: torch.Tensor, strength: float
