@@ -77,7 +77,6 @@ class SD3Model:
             do_classifier_free_guidance=False,
             max_sequence_length=self.max_sequence_length,
         )
-        # clones, because inference tensors cannot take part in the training graph
         return PromptEmbeds({"encoder_hidden_states": embeds, "pooled_projections": pooled})
 
     def velocity(
@@ -87,12 +86,14 @@ class SD3Model:
             latents, timesteps = torch.cat([latents] * 2), torch.cat([timesteps] * 2)
             cond = join(cond, uncond)
         self.rows += len(latents)
-        out = self.transformer(
-            hidden_states=latents.to(self.dtype),
-            timestep=timesteps,
-            **cond.tensors,
-            return_dict=False,
-        )[0]
+        # float32 LoRA parameters (or float32 master weights) work in the frozen parts' precision
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            out = self.transformer(
+                hidden_states=latents.to(self.dtype),
+                timestep=timesteps,
+                **cond.tensors,
+                return_dict=False,
+            )[0]
         if uncond is None:
             return Velocity(out, None)
         v_uncond, v_cond = out.chunk(2)

@@ -215,6 +215,25 @@ def test_parts_switch_on_and_off(tmp_path, changes):
         assert row["ratio/max_abs_dev"] == 0.0
 
 
+@pytest.mark.parametrize("full_finetune", ["false", "true"])
+def test_half_precision_keeps_the_ratio_and_the_reference_exact(tmp_path, full_finetune):
+    # one update per epoch: the policy that trains is the one that sampled, and the reference
+    run(
+        tmp_path / "run",
+        **{
+            "precision": "bf16",
+            "model.full_finetune": full_finetune,
+            "epochs": "1",
+            "algorithm.gate.mode": "all",
+            "train.updates_per_epoch": "1",
+        },
+    )
+    (row,) = rows(tmp_path / "run" / "metrics.jsonl")
+    assert row["ratio/max_abs_dev"] == 0.0
+    assert row["kl"] == 0.0
+    assert row["grad_norm"] > 0
+
+
 def test_reference_follows_the_policy_when_asked(tmp_path):
     train_here(
         tmp_path / "run",
