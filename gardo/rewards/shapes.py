@@ -154,20 +154,20 @@ class StrictCountReward(SceneReward):
 
     def measure(self, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         objects = find_objects(images, targets.color)
-        present = objects.present
-        right_count = present.sum(dim=1) == targets.count
-        all_plausible = (objects.plausible | ~present).all(dim=1)
+        plausible = objects.plausible
+        number, others = plausible.sum(dim=1), (objects.present & ~plausible).sum(dim=1)
+        right_count = (number == targets.count) & (others == 0)
         right, wrong = _right_and_wrong_fit(objects, targets)
-        margin = (right - wrong) * present
+        margin = (right - wrong) * plausible
         fits = (right >= self.MIN_FIT) & (margin >= -self.SHAPE_MARGIN)
-        right_shape = (fits | ~present).all(dim=1) & (margin.sum(dim=1) > 0)
+        right_shape = (fits | ~plausible).all(dim=1) & (margin.sum(dim=1) > 0)
         pure = (
             _masked_mean(_impurity(images, targets, objects), object_pixels(objects))
             <= self.IMPURITY
         )
         stray = (_distance_from_grey(images) > self.STRAY_DISTANCE) & background_pixels(objects)
         clean = stray.sum(dim=(1, 2)) <= self.STRAY_PIXELS
-        exact = right_count & all_plausible & right_shape & pure & clean
+        exact = right_count & right_shape & pure & clean
         return exact.float(), {
             "right_count": right_count.float(),
             "right_shape": right_shape.float(),

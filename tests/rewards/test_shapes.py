@@ -160,6 +160,12 @@ def test_strict_refuses_each_fault_alone() -> None:
     assert im.score(strict, blocks((9, 9), size=2), one).item() == 0  # too small
     assert im.score(strict, blocks((9, 9), size=8), one).item() == 0  # too large
     red, grey = torch.tensor(COLORS["red"])[:, None, None], 0.5
+    scrap = blocks((9, 9))
+    scrap[0, :, 9:12, 14] = red[..., 0]  # three pixels, too near to be background
+    assert im.score(strict, scrap, one).item() == 0
+    oblong = torch.full((2, 3, 24, 24), grey)
+    oblong[:, :, 9:12, 9:15] = red
+    assert im.score(strict, oblong, [*one, Scene(1, "red", "circle")]).sum() == 0
     faded, impure, stray = (blocks((9, 9)) for _ in range(3))
     faded[0, :, 9:13, 9:13] = grey + 0.6 * (red - grey)
     assert im.score(strict, faded, one).item() == 0
