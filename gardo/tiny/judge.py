@@ -136,7 +136,11 @@ def load_judge(folder: Path | str = SHIPPED_JUDGE, device: torch.device | str = 
     return judge.to(device).requires_grad_(False).eval()
 
 
-@functools.lru_cache(maxsize=4)
 def shared_judge(folder: Path | str, device: torch.device | str) -> Judge:
     """`load_judge`, once per folder and device: the reward and the features share one network."""
+    return _load_once(str(folder), str(device))
+
+
+@functools.lru_cache(maxsize=4)
+def _load_once(folder: str, device: str) -> Judge:
     return load_judge(folder, device)

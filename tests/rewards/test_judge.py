@@ -110,7 +110,7 @@ def test_features_tell_layouts_apart() -> None:
 
 
 def test_reward_and_features_share_one_network() -> None:
-    reward, features = build_reward("judge"), build_features("judge")
+    reward, features = build_reward("judge", "cpu"), build_features("judge", torch.device("cpu"))
     assert isinstance(reward, JudgeReward)
     assert reward.judge is features.judge  # type: ignore[attr-defined]
 
