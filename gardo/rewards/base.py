@@ -91,7 +91,7 @@ def build_reward(name: str, device: torch.device | str = "cpu", **parameters: An
         raise UserError(f"reward '{name}': {error}") from error
     if not isinstance(reward, Reward):
         raise UserError(
-            f"reward '{name}': expected a gardo.rewards.Reward, got {type(reward).__name__}"
+            f"reward '{name}': expected a gardo.rewards.base.Reward, got {type(reward).__name__}"
         )
     return reward
 

@@ -164,7 +164,7 @@ def test_a_python_path_is_built_with_its_parameters() -> None:
         ("gardo.no_such_part:thing", "no module named 'gardo.no_such_part'"),
         ("gardo.rewards.shapes:Nothing", "has no 'Nothing'"),
         (f"{__name__}:NOT_CALLABLE", "cannot call its 'NOT_CALLABLE'"),
-        (f"{__name__}:no_reward", "expected a gardo.rewards.Reward, got str"),
+        (f"{__name__}:no_reward", "expected a gardo.rewards.base.Reward, got str"),
     ],
 )
 def test_registry_errors(name: str, message: str) -> None:
