@@ -73,14 +73,14 @@ def section(model: type[Section], description: str) -> Any:
 class LoraConfig(Section):
     rank: Positive = key(16, "rank of the LoRA matrices")
     alpha: PositiveFloat = key(32.0, "LoRA scale numerator; the scale is alpha / rank")
-    targets: Names | None = key(None, "module names that get LoRA; null: the family's own list")
+    targets: Names | None = key(None, "modules that get LoRA; null: the family's own list")
 
 
 class ModelConfig(Section):
     path: str = key("builtin:tiny", "hub id, folder, or builtin:tiny")
     revision: str | None = key(None, "hub revision")
     variant: str | None = key(None, "weight variant, such as fp16")
-    family: Literal["auto", "sd3"] = key("auto", "model family; auto reads model_index.json")
+    family: Literal["auto", "sd3", "flux"] = key("auto", "auto reads model_index.json")
     max_sequence_length: Positive = key(128, "T5 tokens per prompt")
     full_finetune: bool = key(False, "train all transformer weights instead of LoRA")
     gradient_checkpointing: bool = key(False, "recompute activations to save memory")
@@ -88,15 +88,15 @@ class ModelConfig(Section):
 
 
 class PromptsConfig(Section):
-    path: str | None = key(None, "prompt file: .txt (a prompt a line) or .jsonl; null: generator")
-    generator: Literal["shapes"] | None = key(None, "built-in prompts")
+    path: str | None = key(None, "prompt file: .txt (a prompt a line) or .jsonl")
+    generator: Literal["shapes"] | None = key(None, "built-in prompts, used where there is no path")
     per_epoch: Positive = key(8, "P, distinct prompts per epoch")
     group_size: Annotated[int, Field(ge=2)] = key(16, "G, samples per prompt")
 
 
 class SamplingConfig(Section):
     num_steps: Annotated[int, Field(ge=2)] = key(10, "denoising steps of a rollout")
-    guidance_scale: NonNegativeFloat = key(1.0, "guidance; 1 or less switches CFG off")
+    guidance_scale: NonNegativeFloat = key(1.0, "guidance; for sd3, 1 or less switches it off")
     noise_level: Annotated[float, Field(gt=0.0, le=2.0)] = key(0.7, "eta of the SDE")
     sde: Literal["flow", "cps", "dance"] = key("flow", "SDE variant")
     sde_window: NonNegative = key(0, "noise and training on this many steps only; 0: all")
@@ -218,8 +218,8 @@ class Config(Section):
 
 
 def _contradictions(c: Config) -> Iterator[str]:
-    if (c.prompts.path is None) == (c.prompts.generator is None):
-        yield "prompts: expected exactly one of prompts.path and prompts.generator"
+    if c.prompts.path is None and c.prompts.generator is None:
+        yield "prompts: expected prompts.path or prompts.generator, got neither"
     samples = c.prompts.per_epoch * c.prompts.group_size
     if c.train.updates_per_epoch > samples:
         yield (

@@ -72,14 +72,15 @@ class GRPO:
         if self.algorithm.kl_reduction == "gated":
             # the kernel divides the KL's sum by the batch; this makes it the mean over the gated
             kl_coef *= size / max(gated, 1)
-        for rows in batches(plan.updates[index], self.train.batch_size):
-            batch = _Batch.take(data, rows, self.train.batch_size)
+        batch_size = plan.batch_size(self.train.batch_size)
+        for rows in batches(plan.updates[index], batch_size):
+            batch = _Batch.take(data, rows, batch_size)
             # gradients are averaged over processes, and the kernel averages over the batch
             weight = len(batch.rows) * self.runtime.world_size / size / len(data.steps)
             for step_index in range(len(data.steps)):
                 out = self._loss(data, batch, step_index, kl_coef)
                 self.runtime.accelerator.backward(out.loss * weight)
-                stats.add(out, batch, share=1 / len(data.steps))
+                stats.add(out, batch, 1 / len(data.steps), self.algorithm.clip_range)
 
     def _loss(
         self, data: TrainingData, batch: _Batch, step_index: int, kl_coef: float
@@ -103,7 +104,7 @@ class GRPO:
             kl_coef=kl_coef,
             kl_reduction="batch",
             velocity_uncond=v_uncond,
-            guidance_scale=self.sampler.guidance_scale,
+            guidance_scale=self.sampler.cfg_scale,
         )
 
 
@@ -112,6 +113,7 @@ class _Batch:
     """A full batch of rows; padding repeats the last sample without advantage and gate."""
 
     rows: Tensor
+    size: int  # without the padding
     real: Tensor
     prompts: list[str]
     advantage: Tensor
@@ -124,9 +126,10 @@ class _Batch:
         prompts = [rollout.prompts[i] for i in index.tolist()]
         device = rollout.latents.device
         index = index.to(device)
-        real = torch.arange(batch_size, device=device) < rows.stop - rows.start
+        size = rows.stop - rows.start
+        real = torch.arange(batch_size, device=device) < size
         advantage = torch.where(real, shaped.advantage[index], 0.0)
-        return cls(index, real, prompts, advantage, shaped.gate[index] & real)
+        return cls(index, size, real, prompts, advantage, shaped.gate[index] & real)
 
 
 @dataclass
@@ -136,20 +139,23 @@ class UpdateStats:
     policy_loss: list[Tensor] = field(default_factory=list)
     total_loss: list[Tensor] = field(default_factory=list)
     kl: list[Tensor] = field(default_factory=list)
-    clip_fraction: list[Tensor] = field(default_factory=list)
+    clipped: list[Tensor] = field(default_factory=list)
     samples: float = 0.0
     ratio_deviation: list[Tensor] = field(default_factory=list)
     grad_norm: list[Tensor] = field(default_factory=list)
     gated: int = 0
 
-    def add(self, out: gk.GRPOLoss, batch: _Batch, share: float) -> None:
+    def add(
+        self, out: gk.GRPOLoss, batch: _Batch, share: float, clip_range: float | tuple[float, float]
+    ) -> None:
         """Add one kernel call; ``share`` is 1 over the number of trained steps."""
+        # the kernel averages over all rows; padding adds nothing to a loss, so sums are exact
         size = len(batch.rows) * share
         self.policy_loss.append(out.policy_loss.detach() * size)
         self.total_loss.append(out.loss.detach() * size)
         self.kl.append(out.kl.detach() * size)
-        self.clip_fraction.append(out.clip_fraction.detach() * size)
-        self.samples += float(size)
+        self.clipped.append((_outside(out.ratio.detach(), clip_range) & batch.real).sum() * share)
+        self.samples += batch.size * share
         if not self.grad_norm:  # before the first step the policy is still the one that sampled
             self.ratio_deviation.append(((out.ratio.detach() - 1).abs() * batch.real).max())
 
@@ -160,7 +166,7 @@ class UpdateStats:
 
     def metrics(self, runtime: Runtime) -> tuple[dict[str, float], float | None]:
         """The epoch's figures over all processes, and its mean KL over gated samples, if any."""
-        sums = [self.policy_loss, self.total_loss, self.kl, self.clip_fraction]
+        sums = [self.policy_loss, self.total_loss, self.kl, self.clipped]
         local = torch.stack([torch.stack(values).double().sum() for values in sums])
         count = torch.tensor([self.samples], dtype=torch.float64, device=local.device)
         policy, total, kl_sum, clipped, samples = runtime.sum(torch.cat([local, count])).tolist()
@@ -174,3 +180,8 @@ class UpdateStats:
             "ratio/max_abs_dev": float(deviation),
             "grad_norm": float(torch.stack(self.grad_norm).mean()),
         }, kl
+
+
+def _outside(ratio: Tensor, clip_range: float | tuple[float, float]) -> Tensor:
+    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    return (ratio < 1 - low) | (ratio > 1 + high)

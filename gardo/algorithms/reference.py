@@ -61,7 +61,7 @@ def reference_pass(
                 [rollout.prompts[r] for _, r in batch],
             )
             if v_uncond is not None:
-                v = v_uncond + sampler.guidance_scale * (v - v_uncond)
+                v = v_uncond + sampler.cfg_scale * (v - v_uncond)
             flat[start : start + len(batch)] = v
     slot = torch.zeros(len(rollout), dtype=torch.int64, device=device)
     slot[torch.tensor(gated_rows, device=device)] = torch.arange(count, device=device)

@@ -48,6 +48,7 @@ class FlowModel(Protocol):
     lora_targets: Sequence[str]
     device: torch.device
     default_resolution: int
+    embedded_guidance: bool  # the transformer is told the guidance scale; no empty prompt
     rows: int  # transformer rows run so far
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:
@@ -63,11 +64,17 @@ class FlowModel(Protocol):
         ...
 
     def velocity(
-        self, latents: Tensor, timesteps: Tensor, cond: PromptEmbeds, uncond: PromptEmbeds | None
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        cond: PromptEmbeds,
+        uncond: PromptEmbeds | None,
+        guidance_scale: float,
     ) -> Velocity:
         """Predict velocities ``[B, *latent_shape]`` at ``timesteps`` ``[B]``.
 
-        With ``uncond`` both predictions come from one forward of ``2 B`` rows.
+        With ``uncond`` both predictions come from one forward of ``2 B`` rows; combining them is
+        the caller's part. Only models with embedded guidance look at ``guidance_scale``.
         """
         ...
 

@@ -11,11 +11,15 @@ import torch
 
 from gardo.config import ModelConfig
 from gardo.models.base import FlowModel
+from gardo.models.flux import FluxModel
 from gardo.models.sd3 import SD3Model
 from gardo.types import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FAMILIES: dict[str, tuple[str, type]] = {"sd3": ("StableDiffusion3Pipeline", SD3Model)}
+FAMILIES: dict[str, tuple[str, type]] = {
+    "sd3": ("StableDiffusion3Pipeline", SD3Model),
+    "flux": ("FluxPipeline", FluxModel),
+}
 
 
 def load_model(config: ModelConfig, device: torch.device, precision: str) -> FlowModel:

@@ -32,6 +32,10 @@ class EpochPlan:
         """``[n]`` int64: which of the epoch's prompts each sample belongs to."""
         return self.sample_ids % self.prompts
 
+    def batch_size(self, largest: int) -> int:
+        """The size of all batches: ``largest``, or less if no update fills it."""
+        return max(1, min(largest, max(rows.stop - rows.start for rows in self.updates)))
+
 
 def plan_epoch(
     prompts: int, group_size: int, updates: int, rank: int = 0, world_size: int = 1

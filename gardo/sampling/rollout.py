@@ -126,12 +126,19 @@ class Sampler:
 
     @property
     def guided(self) -> bool:
-        return self.guidance_scale > 1.0
+        """Whether a second velocity, of the empty prompt, is combined with the prompt's."""
+        return self.guidance_scale > 1.0 and not self.model.embedded_guidance
+
+    @property
+    def cfg_scale(self) -> float:
+        """The scale that combines the two velocities; 1 where there is only one."""
+        return self.guidance_scale if self.guided else 1.0
 
     def velocity(self, latents: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Velocity:
         """Velocities of the model for rows of prompts, with the empty prompt's if guided."""
         uncond = self.embeddings([EMPTY] * len(prompts)) if self.guided else None
-        return self.model.velocity(latents, timesteps, self.embeddings(prompts), uncond)
+        cond = self.embeddings(prompts)
+        return self.model.velocity(latents, timesteps, cond, uncond, self.guidance_scale)
 
     @torch.no_grad()
     def initial_latents(self, seeds: Sequence[tuple[int | str, ...]], seed: int) -> Tensor:
@@ -166,14 +173,16 @@ class Sampler:
                     raise ValueError("noise_sources: expected a generator per row, got None")
                 noise = normal_rows(noise_sources, self.latent_shape)
             timesteps = table.timesteps[step].expand(batch)
-            v, v_uncond = self.model.velocity(latents[step], timesteps, cond, uncond)
+            v, v_uncond = self.model.velocity(
+                latents[step], timesteps, cond, uncond, self.guidance_scale
+            )
             out = gk.sde_step(
                 v,
                 latents[step],
                 coefficients,
                 noise=noise,
                 velocity_uncond=v_uncond,
-                guidance_scale=self.guidance_scale,
+                guidance_scale=self.cfg_scale,
             )
             latents[step + 1] = out.prev_sample
             if log_prob is not None and step in table.stochastic:
@@ -209,16 +218,17 @@ class Sampler:
         self, rollout: Rollout, index: Sequence[int], seed: int, epoch: int, same_latent: bool
     ) -> Iterator[slice]:
         ids, device = rollout.plan.sample_ids.tolist(), self.model.device
+        size = rollout.plan.batch_size(self.batch_size)
         for update in rollout.plan.updates:
-            for rows in batches(update, self.batch_size):
-                padded = padded_rows(rows, self.batch_size, torch.device("cpu")).tolist()
+            for rows in batches(update, size):
+                padded = padded_rows(rows, size, torch.device("cpu")).tolist()
                 keys = [
                     (epoch, "prompt", index[i]) if same_latent else (epoch, "sample", ids[i])
                     for i in padded
                 ]
                 valid = rows.stop - rows.start
                 latents, log_prob = rollout.latents[:, rows], rollout.log_prob[:, rows]
-                if valid < self.batch_size:  # the padding must not overwrite other samples
+                if valid < size:  # the padding must not overwrite other samples
                     steps = len(rollout.latents)
                     latents = latents.new_empty((steps, len(padded), *self.latent_shape))
                     log_prob = log_prob.new_zeros(steps - 1, len(padded))
@@ -226,7 +236,7 @@ class Sampler:
                 sources = [generator(seed, "noise", epoch, ids[i], device=device) for i in padded]
                 prompts = [rollout.prompts[i] for i in padded]
                 self.run(rollout.table, prompts, latents, log_prob, sources)
-                if valid < self.batch_size:
+                if valid < size:
                     rollout.latents[:, rows] = latents[:, :valid]
                     rollout.log_prob[:, rows] = log_prob[:, :valid]
                 yield rows

@@ -122,7 +122,7 @@ def test_reference_pass_packs_rows_and_steps_into_full_batches(
 
 
 @pytest.mark.parametrize("kl_reduction", ["gated", "batch"])
-@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_gradient_does_not_depend_on_the_batch_size(
     config, runtime, adapters, make_sampler, rollout, batch_size, kl_reduction
 ):
@@ -130,7 +130,7 @@ def test_gradient_does_not_depend_on_the_batch_size(
     config.algorithm.kl_reduction = kl_reduction
     config.algorithm.kl_coef = 10.0
     reference = reference_pass(sampler, adapters, rollout, shaped.gated_rows, STEPS)
-    whole, (_, kl) = gradients_of_update(
+    whole, (metrics, kl) = gradients_of_update(
         config, runtime, adapters, sampler, rollout, shaped, reference, batch_size=4
     )
     cut, (cut_metrics, cut_kl) = gradients_of_update(
@@ -139,8 +139,8 @@ def test_gradient_does_not_depend_on_the_batch_size(
     # another batch size rounds matrix products differently: float32 noise in the ratio
     assert_equal_gradients(whole, cut, rtol=1e-3)
     assert cut_kl == pytest.approx(kl, rel=1e-5)
-    if batch_size == 8:  # padded with four repeated rows that must add nothing
-        assert cut_metrics["ratio/max_abs_dev"] < 1e-4
+    # the last batch of 3 is padded with two repeated rows that must add nothing
+    assert cut_metrics["loss/policy"] == pytest.approx(metrics["loss/policy"], abs=1e-6)
 
 
 def test_update_is_the_formula_of_the_design(config, runtime, adapters, make_sampler, rollout):

@@ -75,11 +75,11 @@ def test_list_and_print_config():
         (["--output_dir", "file.txt"], "output_dir 'file.txt': expected a folder"),
         (["--output_dir", "/proc/gardo"], "output_dir '/proc/gardo': "),
         (
-            ["--prompts.path", "bad.jsonl", "--prompts.generator", "null"],
+            ["--prompts.path", "bad.jsonl"],
             "prompt file 'bad.jsonl', line 2: expected a JSON object",
         ),
         (
-            ["--prompts.path", "scene.txt", "--prompts.generator", "null", "--prompts.per_epoch=1"],
+            ["--prompts.path", "scene.txt", "--prompts.per_epoch=1"],
             "count: ",
         ),
     ],

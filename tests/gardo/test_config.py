@@ -94,8 +94,10 @@ def test_override_values(key, text, value):
         ([("algorithm", "grpo")], "algorithm: expected a section with keys, got 'grpo'"),
         ([("prompts.group_size", "1")], "prompts.group_size: expected greater than or equal to 2"),
         ([("prompts.per_epoch", "0")], "prompts.per_epoch: expected greater than or equal to 1"),
-        ([("prompts.path", "x.txt")], "expected exactly one of prompts.path and prompts.generator"),
-        ([("prompts.generator", "null")], "expected exactly one of prompts.path"),
+        (
+            [("prompts.generator", "null")],
+            "expected prompts.path or prompts.generator, got neither",
+        ),
         ([("rewards.aux", "[count]")], "'count' is the proxy and cannot judge itself"),
         ([("rewards.aux", "[]")], "needs at least one auxiliary reward"),
         ([("rewards.features", "null")], "algorithm.diversity: needs rewards.features"),

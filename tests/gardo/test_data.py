@@ -96,6 +96,8 @@ def test_every_update_sees_all_prompts():
 def test_batches_cover_rows_and_padding_repeats_the_last():
     assert batches(slice(3, 10), 4) == [slice(3, 7), slice(7, 10)]
     assert batches(slice(3, 3), 4) == []
+    assert plan_epoch(8, 16, 2).batch_size(100) == 64  # no batch is larger than an update
+    assert plan_epoch(8, 16, 2).batch_size(24) == 24
     assert padded_rows(slice(7, 10), 4, torch.device("cpu")).tolist() == [7, 8, 9, 9]
 
 

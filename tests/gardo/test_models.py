@@ -251,7 +251,7 @@ def test_the_last_step_is_not_trained(model):
 def test_wrong_pipeline_class_and_resolution_are_refused(tmp_path, model):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     config = load_config("tiny", overrides=[("model.path", str(tmp_path))])
-    with pytest.raises(UserError, match="expected a StableDiffusion3Pipeline, got a StableDiff"):
+    with pytest.raises(UserError, match="expected a StableDiffusion3Pipeline or FluxPipeline, got"):
         load_model(config.model, CPU, "fp32")
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(UserError, match="malformed model_index.json"):
