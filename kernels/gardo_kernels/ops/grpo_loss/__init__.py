@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gardo_kernels import _backends, _checks
-from gardo_kernels.ops.grpo_loss import reference
+from gardo_kernels.ops.grpo_loss import fused, reference
 from gardo_kernels.ops.sde import SDECoefficients, check_density, check_velocities
 
 __all__ = ["GRPOLoss", "grpo_loss"]
 
-_BACKENDS: dict[str, _backends.Availability] = {"reference": _backends.always}
+_BACKENDS: dict[str, _backends.Availability] = {
+    "native": _backends.native_cpu,
+    "triton": _backends.triton,
+    "reference": _backends.always,
+}
 _KL_REDUCTIONS = ("gated", "batch")
 
 
@@ -70,7 +74,7 @@ def grpo_loss(
     Returns:
         0-d ``loss``, ``policy_loss``, ``kl`` (without ``kl_coef``) and ``clip_fraction`` (share of
         ratios outside the clip range), ``[B]`` ``log_prob`` and ``ratio``; float32, or float64 if
-        a latent input is float64. ``loss`` is differentiable in ``velocity`` and
+        the latents or ``coef`` are. ``loss`` is differentiable in ``velocity`` and
         ``velocity_uncond`` only. For equal velocities ``ratio`` is exactly 1. An empty batch has
         loss 0.
 
@@ -89,9 +93,11 @@ def grpo_loss(
     _checks.number("adv_clip", adv_clip, low=0.0, exclusive_low=True)
     check_kl(velocity, gate, ref_velocity, kl_coef)
     _checks.choice("kl_reduction", kl_reduction, _KL_REDUCTIONS)
-    _backends.select("grpo_loss", backend, device, _BACKENDS)
-    dtype = _checks.compute_dtype(velocity, sample, prev_sample, velocity_uncond, ref_velocity)
-    loss, *rest = reference.grpo_loss(
+    dtype = _checks.compute_dtype(
+        velocity, sample, prev_sample, velocity_uncond, ref_velocity, coef.a
+    )
+    chosen = _backends.select("grpo_loss", backend, device, dtype, _BACKENDS)
+    arguments = (
         velocity,
         sample,
         prev_sample,
@@ -106,8 +112,11 @@ def grpo_loss(
         kl_reduction,
         velocity_uncond,
         float(guidance_scale),
-        dtype,
     )
+    if chosen == "reference":
+        loss, *rest = reference.grpo_loss(*arguments, dtype)
+    else:
+        loss, *rest = fused.grpo_loss(*arguments, chosen)
     return GRPOLoss(loss, *(value.detach() for value in rest))
 
 

@@ -7,13 +7,26 @@ from torch import Tensor
 
 from gardo_kernels import _backends, _checks
 from gardo_kernels.ops.nearest_neighbor import faiss, reference
+from gardo_kernels.ops.sde.fused import kernels
 
 __all__ = ["nearest_neighbor_distance"]
 
 _BACKENDS: dict[str, _backends.Availability] = {
+    "native": _backends.native_cpu,
+    "triton": _backends.triton,
     "reference": _backends.always,
     "faiss": faiss.unavailable,
 }
+
+
+@torch.library.custom_op("gardo::nearest_neighbor_distance", mutates_args=())
+def _fused(features: Tensor, group_ids: Tensor, backend: str) -> Tensor:
+    return kernels("nearest_neighbor", backend).nearest_neighbor_distance(features, group_ids)
+
+
+@_fused.register_fake
+def _(features: Tensor, group_ids: Tensor, backend: str) -> Tensor:
+    return features.new_empty(features.shape[0], dtype=torch.float32)
 
 
 def nearest_neighbor_distance(
@@ -41,8 +54,13 @@ def nearest_neighbor_distance(
     if features.shape[0] > 0 and features.shape[1] == 0:
         raise ValueError(f"features: expected D >= 1, got shape {list(features.shape)}")
     _checks.group_ids(group_ids, features.shape[0], features.device)
-    chosen = _backends.select("nearest_neighbor_distance", backend, features.device, _BACKENDS)
-    run = faiss if chosen == "faiss" else reference
-    with torch.no_grad():
-        distance = run.nearest_neighbor_distance(features.detach(), group_ids)
-    return distance.to(_checks.compute_dtype(features))
+    dtype = _checks.compute_dtype(features)
+    chosen = _backends.select(
+        "nearest_neighbor_distance", backend, features.device, dtype, _BACKENDS
+    )
+    features = features.detach()
+    if chosen == "reference":
+        return reference.nearest_neighbor_distance(features, group_ids).to(dtype)
+    if chosen == "faiss":
+        return faiss.nearest_neighbor_distance(features, group_ids).to(dtype)
+    return _fused(features, group_ids, chosen)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gardo_kernels.ops.nearest_neighbor.reference import normalized
 
 
-def unavailable(device: torch.device) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Availability of faiss; it takes tensors of any device through host memory."""
     if importlib.util.find_spec("faiss") is None:
         return "faiss is not installed (pip install faiss-cpu, or faiss-gpu on a CUDA machine)"

@@ -8,11 +8,15 @@ from torch import Tensor
 
 from gardo_kernels import _backends, _checks
 from gardo_kernels.ops.grpo_loss import check_kl
-from gardo_kernels.ops.nft_loss import reference
+from gardo_kernels.ops.nft_loss import fused, reference
 
 __all__ = ["NFTLoss", "nft_loss"]
 
-_BACKENDS: dict[str, _backends.Availability] = {"reference": _backends.always}
+_BACKENDS: dict[str, _backends.Availability] = {
+    "native": _backends.native_cpu,
+    "triton": _backends.triton,
+    "reference": _backends.always,
+}
 _KL_WHEN_UNGATED = ("none", "all")
 
 
@@ -85,9 +89,9 @@ def nft_loss(
     _checks.number("adv_clip", adv_clip, low=0.0, exclusive_low=True)
     check_kl(velocity, gate, ref_velocity, kl_coef)
     _checks.choice("kl_when_ungated", kl_when_ungated, _KL_WHEN_UNGATED)
-    _backends.select("nft_loss", backend, device, _BACKENDS)
     dtype = _checks.compute_dtype(velocity, old_velocity, x0, xt, ref_velocity)
-    loss, policy_loss, kl = reference.nft_loss(
+    chosen = _backends.select("nft_loss", backend, device, dtype, _BACKENDS)
+    arguments = (
         velocity,
         old_velocity,
         x0,
@@ -100,6 +104,9 @@ def nft_loss(
         ref_velocity,
         float(kl_coef),
         kl_when_ungated,
-        dtype,
     )
+    if chosen == "reference":
+        loss, policy_loss, kl = reference.nft_loss(*arguments, dtype)
+    else:
+        loss, policy_loss, kl = fused.nft_loss(*arguments, chosen)
     return NFTLoss(loss, policy_loss.detach(), kl.detach())

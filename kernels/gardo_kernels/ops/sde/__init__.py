@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from gardo_kernels import _backends, _checks
-from gardo_kernels.ops.sde import reference
+from gardo_kernels.ops.sde import fused, reference
 from gardo_kernels.ops.sde.coefficients import SDECoefficients, sde_coefficients
 from gardo_kernels.ops.sde.philox import philox_normal
 
 __all__ = ["SDECoefficients", "SDEStep", "sde_coefficients", "sde_log_prob", "sde_step"]
 
-_BACKENDS: dict[str, _backends.Availability] = {"reference": _backends.always}
+_BACKENDS: dict[str, _backends.Availability] = {
+    "native": _backends.native_cpu,
+    "triton": _backends.triton,
+    "reference": _backends.always,
+}
 
 
 class SDEStep(NamedTuple):
@@ -69,19 +73,24 @@ def sde_step(
         _checks.latents("noise", noise, like=velocity)
     if seed is not None:
         seed = _seed_tensor(seed, velocity.device)
-    _backends.select("sde_step", backend, velocity.device, _BACKENDS)
+    dtype = _checks.compute_dtype(velocity, sample, noise, velocity_uncond, coef.a)
+    chosen = _backends.select("sde_step", backend, velocity.device, dtype, _BACKENDS)
+    guidance = float(guidance_scale)
+    if coef.kind == "ode":
+        noise = seed = None
+    elif noise is None and seed is None:
+        seed = torch.randint(2**62, (1,), device=velocity.device)
     with torch.no_grad():
-        if noise is None and coef.kind != "ode":
-            if seed is None:
-                seed = torch.randint(2**62, (1,), device=velocity.device)
-            noise = philox_normal(seed, velocity.shape)
-        elif coef.kind == "ode":
-            noise = None
-        dtype = _checks.compute_dtype(velocity, sample, velocity_uncond)
-        return SDEStep(
-            *reference.sde_step(
-                velocity, sample, coef, noise, velocity_uncond, float(guidance_scale), dtype
+        if chosen != "reference":
+            return SDEStep(
+                *fused.sde_step(
+                    velocity, sample, coef, noise, seed, velocity_uncond, guidance, chosen
+                )
             )
+        if seed is not None:
+            noise = philox_normal(seed, velocity.shape)
+        return SDEStep(
+            *reference.sde_step(velocity, sample, coef, noise, velocity_uncond, guidance, dtype)
         )
 
 
@@ -104,10 +113,15 @@ def sde_log_prob(
     check_velocities(velocity, sample, coef, velocity_uncond, guidance_scale)
     _checks.latents("prev_sample", prev_sample, like=velocity)
     check_density(coef)
-    _backends.select("sde_log_prob", backend, velocity.device, _BACKENDS)
-    dtype = _checks.compute_dtype(velocity, sample, prev_sample, velocity_uncond)
+    dtype = _checks.compute_dtype(velocity, sample, prev_sample, velocity_uncond, coef.a)
+    chosen = _backends.select("sde_log_prob", backend, velocity.device, dtype, _BACKENDS)
+    guidance = float(guidance_scale)
+    if chosen != "reference":
+        return fused.sde_log_prob(
+            velocity, sample, prev_sample, coef, velocity_uncond, guidance, chosen
+        )
     return reference.sde_log_prob(
-        velocity, sample, prev_sample, coef, velocity_uncond, float(guidance_scale), dtype
+        velocity, sample, prev_sample, coef, velocity_uncond, guidance, dtype
     )
 
 

@@ -1,0 +1,133 @@
+"""Triton backend of the GRPO loss: one pass over the latents, one tiny kernel for the rest."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gardo_kernels import _triton as common
+from gardo_kernels._triton import log_prob_from, row_totals
+from gardo_kernels.ops.sde.triton import residual_sums
+
+
+@triton.jit
+def _finish_kernel(
+    partial_ptr, partial_kl_ptr, old_ptr, old_stride, advantage_ptr, advantage_stride, gate_ptr,
+    b_ptr, b_stride, scale_ptr, scale_stride, offset_ptr, offset_stride, kl_ptr, kl_stride,
+    loss_ptr, stats_ptr, log_prob_ptr, ratio_ptr, alpha_ptr, beta_ptr,
+    batch, rows_in_batch, programs, inverse_n, adv_clip, low, high, kl_coef,
+    HAS_REF: tl.constexpr, HAS_GATE: tl.constexpr, PER_GATED: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """From partial sums to the loss and to the weights ``alpha``, ``beta`` of its gradient."""
+    lane = tl.arange(0, ROWS)
+    kl_rows = rows_in_batch
+    if HAS_GATE and PER_GATED:
+        gated_count = tl.zeros((ROWS,), dtype=tl.float32)
+        for first in range(0, batch, ROWS):
+            gate = tl.load(gate_ptr + first + lane, mask=first + lane < batch, other=0)
+            gated_count += (gate != 0).to(tl.float32)
+        kl_rows = tl.maximum(tl.sum(gated_count, axis=0), 1.0)
+    policy_sum = tl.zeros((ROWS,), dtype=tl.float32)
+    clipped_sum = tl.zeros((ROWS,), dtype=tl.float32)
+    kl_sum = tl.zeros((ROWS,), dtype=tl.float32)
+    for first in range(0, batch, ROWS):
+        rows = (first + lane).to(tl.int64)
+        inside = rows < batch
+        scale = tl.load(scale_ptr + rows * scale_stride, mask=inside, other=0.0)
+        offset = tl.load(offset_ptr + rows * offset_stride, mask=inside, other=0.0)
+        b = tl.load(b_ptr + rows * b_stride, mask=inside, other=0.0)
+        total = row_totals(partial_ptr, rows, inside, programs, ROWS, WIDTH)
+        log_prob = log_prob_from(total, inverse_n, scale, offset)
+        old = tl.load(old_ptr + rows * old_stride, mask=inside, other=0.0).to(tl.float32)
+        advantage = tl.load(advantage_ptr + rows * advantage_stride, mask=inside, other=0.0)
+        advantage = advantage.to(tl.float32)
+        advantage = tl.where(advantage > adv_clip, adv_clip, advantage)  # NaN stays NaN
+        advantage = tl.where(advantage < -adv_clip, -adv_clip, advantage)
+        ratio = tl.exp(log_prob - old)
+        bounded = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+        plain, bound = -advantage * ratio, -advantage * bounded
+        idle = advantage == 0
+        active = (plain >= bound) & (advantage != 0)
+        policy = tl.where(active, plain, tl.where(idle, 0.0, bound))
+        policy_sum += tl.where(inside, policy, 0.0)
+        clipped_sum += ((ratio < low) | (ratio > high)).to(tl.float32) * inside.to(tl.float32)
+        alpha = tl.where(active, plain / rows_in_batch * (2.0 * inverse_n * scale * b), 0.0)
+        tl.store(log_prob_ptr + rows, log_prob, mask=inside)
+        tl.store(ratio_ptr + rows, ratio, mask=inside)
+        tl.store(alpha_ptr + rows, alpha, mask=inside)
+        if HAS_REF:
+            counted = inside
+            if HAS_GATE:
+                counted = inside & (tl.load(gate_ptr + rows, mask=inside, other=0) != 0)
+            weight = tl.load(kl_ptr + rows * kl_stride, mask=counted, other=0.0)
+            square = row_totals(partial_kl_ptr, rows, inside, programs, ROWS, WIDTH) * inverse_n
+            kl_sum += tl.where(counted, weight * square, 0.0)
+            beta = kl_coef * weight * (2.0 * inverse_n) / kl_rows
+            tl.store(beta_ptr + rows, tl.where(counted, beta, 0.0), mask=inside)
+    policy_loss = tl.sum(policy_sum, axis=0) / rows_in_batch
+    kl = tl.sum(kl_sum, axis=0) / kl_rows
+    tl.store(loss_ptr, policy_loss + kl_coef * kl)
+    tl.store(stats_ptr, policy_loss)
+    tl.store(stats_ptr + 1, kl)
+    tl.store(stats_ptr + 2, tl.sum(clipped_sum, axis=0) / rows_in_batch)
+
+
+def grpo_loss(
+    velocity: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    kl: Tensor,
+    clip_low: float,
+    clip_high: float,
+    adv_clip: float,
+    gate: Tensor | None,
+    ref_velocity: Tensor | None,
+    kl_coef: float,
+    kl_reduction: str,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``loss, stats [3] (policy_loss, kl, clip_fraction), log_prob, ratio, alpha, beta``."""
+    batch, device = velocity.shape[0], velocity.device
+    shapes: list[tuple[int, ...]] = [(), (3,), (batch,), (batch,), (batch,), (batch,)]
+    loss, stats, log_prob, ratio, alpha, beta = (
+        torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes
+    )
+    if batch == 0:
+        return loss, stats, log_prob, ratio, alpha, beta
+    partial, partial_kl, cut = residual_sums(
+        velocity, sample, prev_sample, a, b, velocity_uncond, guidance_scale, gate, ref_velocity
+    )
+    strided = (
+        *(b, common.stride_of(b), scale, common.stride_of(scale)),
+        *(offset, common.stride_of(offset), kl, common.stride_of(kl)),
+    )
+    common.launch(
+        _finish_kernel,
+        1,
+        device,
+        *(partial, partial_kl, old_log_prob, old_log_prob.stride(0)),
+        *(advantage, advantage.stride(0)),
+        advantage if gate is None else gate.contiguous().view(torch.uint8),
+        *strided,
+        *(loss, stats, log_prob, ratio, alpha, beta),
+        *(batch, float(batch), cut.programs, 1.0 / cut.n),
+        *(adv_clip, 1.0 - clip_low, 1.0 + clip_high, kl_coef),
+        HAS_REF=ref_velocity is not None,
+        HAS_GATE=gate is not None,
+        PER_GATED=kl_reduction == "gated",
+        ROWS=common.FINAL_ROWS,
+        WIDTH=cut.width,
+    )
+    return loss, stats, log_prob, ratio, alpha, beta

@@ -1,0 +1,127 @@
+"""The fused DiffusionNFT loss as a PyTorch custom operator (see ``ops.sde.fused``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gardo_kernels.ops.sde.fused import kernels
+
+
+@torch.library.custom_op("gardo::nft_loss", mutates_args=())
+def _nft_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    x0: Tensor,
+    xt: Tensor,
+    t: Tensor,
+    advantage: Tensor,
+    beta: float,
+    adv_clip: float,
+    gate: Tensor | None,
+    ref_velocity: Tensor | None,
+    kl_coef: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels("nft_loss", backend).nft_loss(
+        velocity,
+        old_velocity,
+        x0,
+        xt,
+        t,
+        advantage,
+        beta,
+        adv_clip,
+        gate,
+        ref_velocity,
+        kl_coef,
+    )
+
+
+@_nft_loss.register_fake
+def _(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def empty(*shape: int) -> Tensor:
+        return velocity.new_empty(shape, dtype=torch.float32)
+
+    return empty(), empty(2), empty(3, velocity.shape[0])
+
+
+@torch.library.custom_op("gardo::nft_grad", mutates_args=())
+def _nft_grad(
+    grad: Tensor,
+    velocity: Tensor,
+    old_velocity: Tensor,
+    x0: Tensor,
+    xt: Tensor,
+    t: Tensor,
+    weights: Tensor,
+    beta: float,
+    ref_velocity: Tensor | None,
+    backend: str,
+) -> Tensor:
+    return kernels("nft_loss", backend).nft_grad(
+        grad, velocity, old_velocity, x0, xt, t, weights, beta, ref_velocity
+    )
+
+
+@_nft_grad.register_fake
+def _(grad: Tensor, velocity: Tensor, *rest: Any) -> Tensor:
+    return velocity.new_empty(velocity.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    velocity, old_velocity, x0, xt, t, _, beta, _, _, ref, _, backend = inputs
+    ctx.save_for_backward(velocity, old_velocity, x0, xt, t, output[2], ref)
+    ctx.beta, ctx.backend = beta, backend
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    velocity, old_velocity, x0, xt, t, weights, ref = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 12
+    by_velocity = _nft_grad(
+        grad, velocity, old_velocity, x0, xt, t, weights, ctx.beta, ref, ctx.backend
+    )
+    return by_velocity, *(None,) * 11
+
+
+_nft_loss.register_autograd(_backward, setup_context=_setup)
+
+
+def nft_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    x0: Tensor,
+    xt: Tensor,
+    t: Tensor,
+    advantage: Tensor,
+    beta: float,
+    adv_clip: float,
+    gate: Tensor | None,
+    ref_velocity: Tensor | None,
+    kl_coef: float,
+    kl_when_ungated: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``loss, policy_loss, kl`` by the kernels of ``backend``."""
+    if gate is not None and kl_when_ungated == "all":
+        gate = gate | ~gate.any()
+    loss, stats, _ = _nft_loss(
+        velocity,
+        old_velocity.detach(),
+        x0.detach(),
+        xt.detach(),
+        t.detach(),
+        advantage.detach(),
+        beta,
+        adv_clip,
+        gate,
+        None if ref_velocity is None else ref_velocity.detach(),
+        kl_coef,
+        backend,
+    )
+    policy_loss, kl = stats.detach().unbind()
+    return loss, policy_loss, kl

@@ -1,0 +1,210 @@
+"""The fused SDE ops as PyTorch custom operators: fake tensors, autograd, choice of kernels.
+
+An operator is opaque to ``torch.compile``: compiled or not, the same kernels run and give the same
+bits. The reference form is not wrapped; it is ordinary differentiable PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gardo_kernels.ops.sde.coefficients import SDECoefficients
+
+
+def kernels(op: str, backend: str) -> ModuleType:
+    """The module of ``op`` for ``backend``, imported when first used."""
+    return importlib.import_module(f"gardo_kernels.ops.{op}.{backend}")
+
+
+@torch.library.custom_op("gardo::sde_step", mutates_args=())
+def _sde_step(
+    velocity: Tensor,
+    sample: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels("sde", backend).sde_step(
+        velocity, sample, a, b, c, scale, offset, noise, seed, velocity_uncond, guidance_scale
+    )
+
+
+@_sde_step.register_fake
+def _(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    prev = velocity.new_empty(velocity.shape, dtype=torch.float32)
+    return prev, velocity.new_empty(velocity.shape[0], dtype=torch.float32), torch.empty_like(prev)
+
+
+@torch.library.custom_op("gardo::sde_log_prob", mutates_args=())
+def _sde_log_prob(
+    velocity: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    backend: str,
+) -> Tensor:
+    return kernels("sde", backend).sde_log_prob(
+        velocity, sample, prev_sample, a, b, scale, offset, velocity_uncond, guidance_scale
+    )
+
+
+@_sde_log_prob.register_fake
+def _(velocity: Tensor, *rest: Any) -> Tensor:
+    return velocity.new_empty(velocity.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("gardo::velocity_grad", mutates_args=())
+def velocity_grad(
+    grad: Tensor,
+    velocity: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    beta: Tensor | None,
+    ref_velocity: Tensor | None,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``grad * (alpha*(prev - a*x - b*v) + beta*(v - v_ref))`` by both velocities.
+
+    The gradient of every loss of an affine step has this form. ``grad`` is 0-d or ``[B]``. Without
+    ``velocity_uncond`` the second result is empty.
+    """
+    by_velocity, by_uncond = kernels("sde", backend).velocity_grad(
+        grad,
+        velocity,
+        sample,
+        prev_sample,
+        a,
+        b,
+        alpha,
+        beta,
+        ref_velocity,
+        velocity_uncond,
+        guidance_scale,
+    )
+    return by_velocity, velocity.new_empty(0) if by_uncond is None else by_uncond
+
+
+@velocity_grad.register_fake
+def _(
+    grad: Tensor,
+    velocity: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    beta: Tensor | None,
+    ref_velocity: Tensor | None,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    by_velocity = velocity.new_empty(velocity.shape)
+    if velocity_uncond is None:
+        return by_velocity, velocity.new_empty(0)
+    return by_velocity, velocity_uncond.new_empty(velocity.shape)
+
+
+def _setup_log_prob(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    velocity, sample, prev, a, b, scale, _, uncond, guidance_scale, backend = inputs
+    ctx.save_for_backward(velocity, sample, prev, a, b, scale, uncond)
+    ctx.guidance_scale, ctx.backend = guidance_scale, backend
+
+
+def _backward_log_prob(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    velocity, sample, prev, a, b, scale, uncond = ctx.saved_tensors
+    batch = velocity.shape[0]
+    n = velocity.numel() // max(batch, 1)
+    alpha = (2 / max(n, 1) * scale * b).expand(batch).contiguous()
+    by_velocity, by_uncond = velocity_grad(
+        grad,
+        velocity,
+        sample,
+        prev,
+        a,
+        b,
+        alpha,
+        None,
+        None,
+        uncond,
+        ctx.guidance_scale,
+        ctx.backend,
+    )
+    none = (None,) * 6
+    return by_velocity, *none, None if uncond is None else by_uncond, None, None
+
+
+_sde_log_prob.register_autograd(_backward_log_prob, setup_context=_setup_log_prob)
+
+
+def sde_step(
+    velocity: Tensor,
+    sample: Tensor,
+    coef: SDECoefficients,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``prev_sample, log_prob, mean`` by the kernels of ``backend``."""
+    return _sde_step(
+        velocity,
+        sample,
+        coef.a,
+        coef.b,
+        coef.c,
+        coef.scale,
+        coef.offset,
+        noise,
+        seed,
+        velocity_uncond,
+        guidance_scale,
+        backend,
+    )
+
+
+def sde_log_prob(
+    velocity: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    coef: SDECoefficients,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    backend: str,
+) -> Tensor:
+    """``log_prob [B]`` by the kernels of ``backend``, differentiable in the velocities."""
+    return _sde_log_prob(
+        velocity,
+        sample.detach(),
+        prev_sample.detach(),
+        coef.a,
+        coef.b,
+        coef.scale,
+        coef.offset,
+        velocity_uncond,
+        guidance_scale,
+        backend,
+    )
