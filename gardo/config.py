@@ -82,6 +82,7 @@ class ModelConfig(Section):
     variant: str | None = key(None, "weight variant, such as fp16")
     family: Literal["auto", "sd3", "flux"] = key("auto", "auto reads model_index.json")
     max_sequence_length: Positive = key(128, "T5 tokens per prompt")
+    embedding_cache: str | None = key(None, "folder that keeps prompt embeddings between runs")
     full_finetune: bool = key(False, "train all transformer weights instead of LoRA")
     gradient_checkpointing: bool = key(False, "recompute activations to save memory")
     lora: LoraConfig = section(LoraConfig, "low-rank adapters")

@@ -15,7 +15,7 @@ from gardo.config import Config
 from gardo.data.prompts import PromptSampler, load_prompts
 from gardo.evaluation.heldout import HeldOutEvaluator
 from gardo.models.adapters import POLICY, REFERENCE, build_adapters
-from gardo.models.embeddings import EmbeddingTable
+from gardo.models.embeddings import EmbeddingTable, embedding_cache
 from gardo.models.loading import load_model
 from gardo.rewards.scoring import RewardSet, ScoreBook
 from gardo.runtime.images import image_grid, save_grid
@@ -45,7 +45,9 @@ class Trainer:
         self.model = load_model(config.model, runtime.device, config.precision)
         self.resolution = config.sampling.resolution or self.model.default_resolution
         self.prompt_sampler = PromptSampler(prompts, config.prompts.per_epoch, config.seed)
-        self.embeddings = EmbeddingTable(self.model, [p.text for p in prompts])
+        self.embeddings = EmbeddingTable(
+            self.model, [p.text for p in prompts], cache=embedding_cache(config)
+        )
         self.model.release_text_encoders()
 
         self.adapters = build_adapters(self.model, config.model, derive_seed(config.seed, "lora"))

@@ -1,13 +1,20 @@
-"""Prompt embeddings, computed once per distinct prompt."""
+"""Prompt embeddings, computed once per distinct prompt, and kept on disk if a folder is given."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from gardo.config import Config
 from gardo.models.base import FlowModel
-from gardo.types import PromptEmbeds
+from gardo.runtime.metrics import write_atomic
+from gardo.types import PromptEmbeds, UserError
 
 EMPTY = ""
 
@@ -19,16 +26,30 @@ class EmbeddingTable:
     encoders are not needed once the table stands.
     """
 
-    def __init__(self, model: FlowModel, prompts: Sequence[str], batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        model: FlowModel,
+        prompts: Sequence[str],
+        batch_size: int = 32,
+        cache: EmbeddingCache | None = None,
+    ) -> None:
         texts = list(dict.fromkeys([EMPTY, *prompts]))
-        parts = [
-            model.encode_prompts(texts[i : i + batch_size])
-            for i in range(0, len(texts), batch_size)
-        ]
-        names = parts[0].tensors.keys()
-        # cat outside inference mode gives normal tensors, which training can save for backward
+        rows: dict[str, dict[str, Tensor]] = {}
+        if cache is not None:
+            rows = {text: row for text in texts if (row := cache.load(text)) is not None}
+        missing = [text for text in texts if text not in rows]
+        for start in range(0, len(missing), batch_size):
+            some = missing[start : start + batch_size]
+            tensors = model.encode_prompts(some).tensors
+            for i, text in enumerate(some):
+                rows[text] = {name: tensor[i] for name, tensor in tensors.items()}
+                if cache is not None:
+                    cache.save(text, rows[text])
+        self.encoded = len(missing)
+        # stacking outside inference mode gives normal tensors, which training can save
+        names = rows[EMPTY].keys()
         self._embeds = PromptEmbeds(
-            {name: torch.cat([part.tensors[name] for part in parts]) for name in names}
+            {n: torch.stack([rows[text][n].to(model.device) for text in texts]) for n in names}
         )
         self._row = {text: row for row, text in enumerate(texts)}
 
@@ -37,3 +58,67 @@ class EmbeddingTable:
         device = next(iter(self._embeds.tensors.values())).device
         rows = torch.tensor([self._row[text] for text in prompts], device=device)
         return self._embeds.select(rows)
+
+
+class EmbeddingCache:
+    """One safetensors file per prompt, named by a hash of everything the embedding depends on.
+
+    Several processes may share a folder: a reader never sees half a file. A damaged file is encoded
+    again and replaced.
+    """
+
+    def __init__(self, folder: Path, **key: Any) -> None:
+        """``key`` identifies the encoders: model, revision, T5 length, dtype.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        self.folder = folder
+        self.key = key
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"model.embedding_cache '{folder}': cannot be made: {error.strerror}"
+            ) from None
+
+    def path(self, prompt: str) -> Path:
+        text = json.dumps({**self.key, "prompt": prompt}, sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
+
+    def load(self, prompt: str) -> dict[str, Tensor] | None:
+        """The cached tensors of a prompt, or None if there are none or they are damaged."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return load(self.path(prompt).read_bytes())
+        except (FileNotFoundError, SafetensorError):
+            return None
+
+    def save(self, prompt: str, tensors: dict[str, Tensor]) -> None:
+        """Write the tensors of a prompt. Raises UserError when the folder cannot be written."""
+        from safetensors.torch import save
+
+        data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+        try:
+            write_atomic(self.path(prompt), data)
+        except OSError as error:
+            raise UserError(
+                f"model.embedding_cache '{self.folder}': cannot be written: {error.strerror}"
+            ) from None
+
+
+def embedding_cache(config: Config) -> EmbeddingCache | None:
+    """The cache that a configuration asks for; its key is what the embeddings depend on."""
+    model = config.model
+    if model.embedding_cache is None:
+        return None
+    return EmbeddingCache(
+        Path(model.embedding_cache).expanduser(),
+        path=model.path,
+        revision=model.revision,
+        variant=model.variant,
+        max_sequence_length=model.max_sequence_length,
+        precision=config.precision,
+    )
