@@ -247,6 +247,17 @@ GARDO_CLONES double sum_squared_difference(const float* p, const float* q, int64
       [=](int64_t i) { return (p[i] - q[i]) * (p[i] - q[i]); });
 }
 
+GARDO_CLONES double sum_squared_scaled_difference(float a, const float* p, float b, const float* q,
+                                                  int64_t n) {
+  return sum_block(
+      n,
+      [=](int64_t i) __attribute__((always_inline)) {
+        const Float8 d = a * load8(p + i) - b * load8(q + i);
+        return d * d;
+      },
+      [=](int64_t i) { return (a * p[i] - b * q[i]) * (a * p[i] - b * q[i]); });
+}
+
 GARDO_CLONES double sum_squares(const float* x, int64_t n) {
   return sum_block(
       n,

@@ -36,6 +36,9 @@ void denoising_error(const float* xt, float t, const float* v, const float* x0, 
                      float* out);
 
 double sum_squared_difference(const float* p, const float* q, std::int64_t n);
+// Sum of (a*p - b*q)^2
+double sum_squared_scaled_difference(float a, const float* p, float b, const float* q,
+                                     std::int64_t n);
 double sum_squares(const float* x, std::int64_t n);
 double sum_abs(const float* x, std::int64_t n);
 

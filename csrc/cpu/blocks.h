@@ -17,6 +17,9 @@ inline std::int64_t blocks_per_row(const Extent& e) {
   return (e.row_size + kBlock - 1) / kBlock;
 }
 
+// Fewer blocks are done before a second thread has woken up.
+constexpr std::int64_t kFewBlocks = 16;
+
 // Calls body(row, offset in the tensors, element in the row, size, index of the block, scratch).
 template <typename Body>
 void for_each_block(const Extent& e, const Body& body) {
@@ -25,7 +28,7 @@ void for_each_block(const Extent& e, const Body& body) {
   // A few shares per thread: no thread waits long for one whose core is busy with something else.
   const std::int64_t share = std::max<std::int64_t>(1, total / (8 * e.num_threads));
   (void)share;  // unused without OpenMP
-#pragma omp parallel num_threads(e.num_threads) if (total > 4)
+#pragma omp parallel num_threads(e.num_threads) if (total > kFewBlocks)
   {
     Scratch scratch;
 #pragma omp for schedule(dynamic, share)

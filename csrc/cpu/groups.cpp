@@ -1,22 +1,22 @@
 #include "groups.h"
 
-#include <algorithm>
 #include <numeric>
-#include <utility>
+
+#include "radix_sort.h"
 
 namespace gardo {
 
 using std::int64_t;
 
 Groups sort_groups(const int64_t* ids, int64_t n) {
-  std::vector<std::pair<int64_t, int64_t>> keyed(static_cast<std::size_t>(n));
-  for (int64_t i = 0; i < n; ++i) keyed[i] = {ids[i], i};
-  if (!std::is_sorted(keyed.begin(), keyed.end())) std::sort(keyed.begin(), keyed.end());
+  std::vector<Keyed> keyed(static_cast<std::size_t>(n)), scratch(static_cast<std::size_t>(n));
+  for (int64_t i = 0; i < n; ++i) keyed[i] = {key_of(ids[i]), i};
+  stable_sort_by_key(keyed.data(), scratch.data(), n);
   Groups groups;
   groups.order.resize(static_cast<std::size_t>(n));
   for (int64_t i = 0; i < n; ++i) {
-    groups.order[i] = keyed[i].second;
-    if (i == 0 || keyed[i].first != keyed[i - 1].first) groups.start.push_back(i);
+    groups.order[i] = keyed[i].index;
+    if (i == 0 || keyed[i].key != keyed[i - 1].key) groups.start.push_back(i);
   }
   groups.start.push_back(n);
   return groups;

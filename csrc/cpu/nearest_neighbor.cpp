@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "block_ops.h"
@@ -15,178 +16,246 @@ namespace {
 using std::int64_t;
 
 constexpr int64_t kWidth = 8;
-constexpr int64_t kTileRows = 4, kTileCols = 2;
+constexpr int64_t kTileRows = 4, kTileCols = 3;
 // Above this size the members of one group, not the groups, are shared out among the threads.
 constexpr int64_t kLargeGroup = 256;
-constexpr float kNoNeighbor = -std::numeric_limits<float>::infinity();
+// Rows of one task in a large group: they stay in the second-level cache while all others pass by.
+constexpr int64_t kTaskRows = 32;
+// Fewer multiplications than this are done before a second thread has woken up.
+constexpr int64_t kParallelWork = int64_t{1} << 22;
+// Between these a sum of squares has lost nothing to the range of float32.
+constexpr double kTinySquares = 1e-20, kHugeSquares = 1e30;
+// 1 - cosine cancels below this; the squared difference of the unit rows does not.
+constexpr float kNear = 1.0f / 16;
 
 enum class RowKind : std::uint8_t { kUsable, kZero, kNonFinite };
 
-GARDO_CLONES double sum_squares_wide(const float* x, int64_t n) {
-  double lanes[kWidth] = {};
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    for (int64_t j = 0; j < kWidth; ++j) {
-      lanes[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
+// Dot products of kTileRows rows with kTileCols columns, n a multiple of kWidth.
+GARDO_CLONES void tile_products(const float* const* rows, const float* const* cols, int64_t n,
+                                float* products) {
+  const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
+  const float *c0 = cols[0], *c1 = cols[1], *c2 = cols[2];
+  // Spelled out, so that all sums stay in registers.
+  Float8 s[kTileRows * kTileCols] = {};
+  for (int64_t d = 0; d < n; d += kWidth) {
+    const Float8 a0 = load8(r0 + d), a1 = load8(r1 + d), a2 = load8(r2 + d), a3 = load8(r3 + d);
+    const Float8 b0 = load8(c0 + d), b1 = load8(c1 + d), b2 = load8(c2 + d);
+    s[0] += a0 * b0;
+    s[1] += a0 * b1;
+    s[2] += a0 * b2;
+    s[3] += a1 * b0;
+    s[4] += a1 * b1;
+    s[5] += a1 * b2;
+    s[6] += a2 * b0;
+    s[7] += a2 * b1;
+    s[8] += a2 * b2;
+    s[9] += a3 * b0;
+    s[10] += a3 * b1;
+    s[11] += a3 * b2;
+  }
+  for (int64_t k = 0; k < kTileRows * kTileCols; ++k) {
+    float lanes[kWidth];
+    std::memcpy(lanes, &s[k], sizeof(lanes));
+    float total = 0.0f;
+    for (const float lane : lanes) total += lane;
+    products[k] = total;
+  }
+}
+
+// One group: its rows as float32, the inverse of their lengths, and what was found so far.
+class Group {
+ public:
+  Group(const NearestNeighborParams& params, int64_t capacity)
+      : p_(params),
+        stride_((params.dim + kWidth - 1) / kWidth * kWidth),
+        // Not initialised: rows that can be read in place never touch it.
+        copies_(new float[static_cast<std::size_t>(capacity * stride_)]) {}
+
+  void begin(const int64_t* members, int64_t size) {
+    members_ = members;
+    size_ = size;
+    const auto n = static_cast<std::size_t>(size);
+    rows_.resize(n + kTileRows + kTileCols);
+    inverse_.resize(n);
+    kind_.resize(n);
+    best_.assign(n, -std::numeric_limits<float>::infinity());
+    nearest_.assign(n, -1);
+  }
+
+  // Reads row i and finds its length.
+  void prepare_row(int64_t i) {
+    const int64_t base = members_[i] * p_.dim;
+    float* copy = copies_.get() + i * stride_;
+    const bool in_place = p_.features.dtype == DType::kFloat32 && stride_ == p_.dim;
+    if (!in_place) copy_row(base, copy);
+    rows_[i] = in_place ? static_cast<const float*>(p_.features.data) + base : copy;
+    double squares = 0.0;
+    for (int64_t d = 0; d < stride_; d += kBlock) {
+      squares += sum_squares(rows_[i] + d, std::min(kBlock, stride_ - d));
     }
+    kind_[i] = RowKind::kUsable;
+    inverse_[i] = static_cast<float>(1.0 / std::sqrt(squares));
+    if (squares > kTinySquares && squares < kHugeSquares) return;
+    if (in_place) copy_row(base, copy);
+    rows_[i] = copy;
+    inverse_[i] = 1.0f;
+    kind_[i] = normalize_extreme_row(copy);
   }
-  double total = 0.0;
-  for (; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  for (const double lane : lanes) total += lane;
-  return total;
-}
 
-GARDO_CLONES void scale_row(const float* x, double factor, int64_t n, float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(static_cast<double>(x[i]) * factor);
-}
+  // After all rows: tiles may reach beyond the last one, where their results are not used.
+  void finish_rows() { std::fill(rows_.begin() + size_, rows_.end(), rows_[0]); }
 
-// Writes row `index` with length 1, padded with zeros to a multiple of kWidth.
-RowKind normalize_row(const NearestNeighborParams& p, int64_t index, int64_t stride, float* out) {
-  double squares = 0.0;
-  float scratch[kBlock];
-  for (int64_t d = 0; d < p.dim; d += kBlock) {
-    const int64_t n = std::min(kBlock, p.dim - d);
-    squares += sum_squares_wide(load_block(p.features, index * p.dim + d, n, scratch), n);
-  }
-  std::fill(out + p.dim, out + stride, 0.0f);
-  if (!std::isfinite(squares) || squares == 0.0) {
-    std::fill(out, out + p.dim, 0.0f);
-    return squares == 0.0 ? RowKind::kZero : RowKind::kNonFinite;
-  }
-  const double inverse = 1.0 / std::sqrt(squares);
-  for (int64_t d = 0; d < p.dim; d += kBlock) {
-    const int64_t n = std::min(kBlock, p.dim - d);
-    scale_row(load_block(p.features, index * p.dim + d, n, scratch), inverse, n, out + d);
-  }
-  return RowKind::kUsable;
-}
-
-// Similarities of kTileRows rows with kTileCols columns, each row `stride` long.
-GARDO_CLONES void tile_similarity(const float* rows, const float* cols, int64_t stride,
-                                  float* similarity) {
-  Float8 sums[kTileRows][kTileCols] = {};
-  for (int64_t d = 0; d < stride; d += kWidth) {
-    Float8 row[kTileRows];
-    for (int64_t i = 0; i < kTileRows; ++i) row[i] = load8(rows + i * stride + d);
-    for (int64_t j = 0; j < kTileCols; ++j) {
-      const Float8 col = load8(cols + j * stride + d);
-      for (int64_t i = 0; i < kTileRows; ++i) sums[i][j] += row[i] * col;
-    }
-  }
-  for (int64_t i = 0; i < kTileRows; ++i) {
-    for (int64_t j = 0; j < kTileCols; ++j) {
-      float lanes[kWidth];
-      std::memcpy(lanes, &sums[i][j], sizeof(lanes));
-      float total = 0.0f;
-      for (const float lane : lanes) total += lane;
-      similarity[i * kTileCols + j] = total;
-    }
-  }
-}
-
-// 1 - cos of two rows of length 1, as half their squared difference: no cancellation for near
-// duplicates, and exactly 0 for duplicates.
-float unit_distance(const float* a, const float* b, int64_t n) {
-  double squares = 0.0;
-  for (int64_t d = 0; d < n; d += kBlock) {
-    squares += sum_squared_difference(a + d, b + d, std::min(kBlock, n - d));
-  }
-  return static_cast<float>(std::min(0.5 * squares, 2.0));
-}
-
-// The unit rows of one group, padded with zero rows to whole tiles.
-struct Group {
-  std::vector<float> unit;
-  std::vector<RowKind> kind;
-
-  void prepare(int64_t members, int64_t stride) {
-    const int64_t tile = kTileRows;
-    const int64_t padded = (members + tile - 1) / tile * tile;
-    unit.resize(static_cast<std::size_t>(padded * stride));
-    kind.resize(static_cast<std::size_t>(members));
-    std::fill(unit.begin() + members * stride, unit.end(), 0.0f);
-  }
-};
-
-void nearest_of_tile(const NearestNeighborParams& p, const Group& group, const int64_t* members,
-                     int64_t m, int64_t stride, int64_t first) {
-  float best[kTileRows];
-  int64_t nearest[kTileRows];
-  std::fill(best, best + kTileRows, kNoNeighbor);
-  std::fill(nearest, nearest + kTileRows, -1);
-  for (int64_t col = 0; col < m; col += kTileCols) {
-    float similarity[kTileRows * kTileCols];
-    tile_similarity(group.unit.data() + first * stride, group.unit.data() + col * stride, stride,
-                    similarity);
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      for (int64_t j = col; j < std::min(col + kTileCols, m); ++j) {
-        const float value = similarity[i * kTileCols + j - col];
-        if (j == first + i || group.kind[j] == RowKind::kNonFinite || !(value > best[i])) continue;
-        best[i] = value;
-        nearest[i] = j;
+  // Offers the members of a tile to each other: both ways, each pair once (`mutual`), or the
+  // columns to the rows alone, so that threads can share out the rows.
+  void visit_tile(int64_t first, int64_t col, bool mutual) {
+    float products[kTileRows * kTileCols];
+    tile_products(rows_.data() + first, rows_.data() + col, stride_, products);
+    for (int64_t i = first; i < std::min(first + kTileRows, size_); ++i) {
+      for (int64_t j = col; j < std::min(col + kTileCols, size_); ++j) {
+        if (j == i || (mutual && j < i)) continue;
+        const float product = products[(i - first) * kTileCols + j - col];
+        const float similarity = product * inverse_[i] * inverse_[j];
+        offer(i, j, similarity);
+        if (mutual) offer(j, i, similarity);
       }
     }
   }
-  for (int64_t i = first; i < std::min(first + kTileRows, m); ++i) {
-    const int64_t j = nearest[i - first];
-    float& distance = p.distance[members[i]];
-    if (group.kind[i] == RowKind::kNonFinite) {
-      distance = std::numeric_limits<float>::quiet_NaN();
-    } else if (j < 0) {
-      distance = 0.0f;
-    } else if (group.kind[i] == RowKind::kZero || group.kind[j] == RowKind::kZero) {
-      distance = 1.0f;
-    } else {
-      distance =
-          unit_distance(group.unit.data() + i * stride, group.unit.data() + j * stride, stride);
+
+  void write_distance(int64_t i) const { p_.distance[members_[i]] = distance(i); }
+
+  int64_t size() const { return size_; }
+
+ private:
+  void copy_row(int64_t base, float* out) const {
+    float scratch[kBlock];
+    for (int64_t d = 0; d < p_.dim; d += kBlock) {
+      const int64_t n = std::min(kBlock, p_.dim - d);
+      const float* x = load_block(p_.features, base + d, n, scratch);
+      std::copy(x, x + n, out + d);
     }
+    std::fill(out + p_.dim, out + stride_, 0.0f);
   }
+
+  // For a row whose sum of squares left the range of float32, or that is zero or not finite: makes
+  // it a unit row, by its largest entry first, or a row of zeros.
+  RowKind normalize_extreme_row(float* row) const {
+    float largest = 0.0f;
+    for (int64_t d = 0; d < p_.dim; ++d) {
+      if (!std::isfinite(row[d])) {
+        std::fill(row, row + p_.dim, 0.0f);
+        return RowKind::kNonFinite;
+      }
+      largest = std::max(largest, std::fabs(row[d]));
+    }
+    if (largest == 0.0f) return RowKind::kZero;
+    double squares = 0.0;
+    for (int64_t d = 0; d < p_.dim; ++d) {
+      const double x = static_cast<double>(row[d]) / largest;
+      squares += x * x;
+    }
+    for (int64_t d = 0; d < p_.dim; ++d) {
+      row[d] = static_cast<float>(static_cast<double>(row[d]) / largest / std::sqrt(squares));
+    }
+    return RowKind::kUsable;
+  }
+
+  void offer(int64_t i, int64_t candidate, float similarity) {
+    if (kind_[candidate] == RowKind::kNonFinite || !(similarity > best_[i])) return;
+    best_[i] = similarity;
+    nearest_[i] = candidate;
+  }
+
+  float distance(int64_t i) const {
+    const int64_t j = nearest_[i];
+    if (kind_[i] == RowKind::kNonFinite) return std::numeric_limits<float>::quiet_NaN();
+    if (j < 0) return 0.0f;
+    if (kind_[i] == RowKind::kZero || kind_[j] == RowKind::kZero) return 1.0f;
+    const float plain = 1.0f - best_[i];
+    if (plain > kNear) return std::min(plain, 2.0f);
+    double squares = 0.0;
+    for (int64_t d = 0; d < stride_; d += kBlock) {
+      squares += sum_squared_scaled_difference(inverse_[i], rows_[i] + d, inverse_[j], rows_[j] + d,
+                                               std::min(kBlock, stride_ - d));
+    }
+    return static_cast<float>(0.5 * squares);
+  }
+
+  const NearestNeighborParams& p_;
+  int64_t stride_;
+  std::unique_ptr<float[]> copies_;
+  const int64_t* members_ = nullptr;
+  int64_t size_ = 0;
+  std::vector<const float*> rows_;
+  std::vector<float> inverse_;
+  std::vector<RowKind> kind_;
+  std::vector<float> best_;
+  std::vector<int64_t> nearest_;
+};
+
+void nearest_of_small_group(Group& group) {
+  const int64_t m = group.size();
+  for (int64_t i = 0; i < m; ++i) group.prepare_row(i);
+  group.finish_rows();
+  for (int64_t first = 0; first < m; first += kTileRows) {
+    for (int64_t col = first; col < m; col += kTileCols) group.visit_tile(first, col, true);
+  }
+  for (int64_t i = 0; i < m; ++i) group.write_distance(i);
 }
 
-// Inside a parallel region the two loops run on the calling thread alone.
-void nearest_of_group(const NearestNeighborParams& p, const int64_t* members, int64_t m,
-                      int64_t stride, Group& group) {
-#pragma omp parallel for num_threads(p.num_threads) schedule(static) if (m > kLargeGroup)
-  for (int64_t i = 0; i < m; ++i) {
-    group.kind[i] = normalize_row(p, members[i], stride, group.unit.data() + i * stride);
+void nearest_of_large_group(Group& group, int num_threads) {
+  const int64_t m = group.size();
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+  for (int64_t i = 0; i < m; ++i) group.prepare_row(i);
+  group.finish_rows();
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic)
+  for (int64_t task = 0; task < m; task += kTaskRows) {
+    const int64_t end = std::min(task + kTaskRows, m);
+    for (int64_t col = 0; col < m; col += kTileCols) {
+      for (int64_t first = task; first < end; first += kTileRows) {
+        group.visit_tile(first, col, false);
+      }
+    }
+    for (int64_t i = task; i < end; ++i) group.write_distance(i);
   }
-#pragma omp parallel for num_threads(p.num_threads) schedule(static) if (m > kLargeGroup)
-  for (int64_t first = 0; first < m; first += kTileRows) {
-    nearest_of_tile(p, group, members, m, stride, first);
-  }
+  (void)num_threads;  // unused without OpenMP
 }
 
 }  // namespace
 
 void nearest_neighbor_cpu(const NearestNeighborParams& p) {
   const Groups groups = sort_groups(p.groups, p.num_samples);
-  const int64_t stride = (p.dim + kWidth - 1) / kWidth * kWidth;
   const auto size_of = [&](int64_t g) { return groups.start[g + 1] - groups.start[g]; };
   const auto members_of = [&](int64_t g) { return groups.order.data() + groups.start[g]; };
 
-  int64_t largest_small = 0;
-  {
-    Group group;
-    for (int64_t g = 0; g < groups.count(); ++g) {
-      if (size_of(g) <= kLargeGroup) {
-        largest_small = std::max(largest_small, size_of(g));
-        continue;
-      }
-      group.prepare(size_of(g), stride);
-      nearest_of_group(p, members_of(g), size_of(g), stride, group);
+  int64_t largest_small = 0, small_work = 0;
+  for (int64_t g = 0; g < groups.count(); ++g) {
+    const int64_t size = size_of(g);
+    if (size <= kLargeGroup) {
+      largest_small = std::max(largest_small, size);
+      small_work += size * size * p.dim;
+      continue;
     }
+    Group group(p, size);
+    group.begin(members_of(g), size);
+    nearest_of_large_group(group, p.num_threads);
   }
   if (largest_small == 0) return;
   // Allocated here: an exception must not leave a parallel region.
-  std::vector<Group> workspaces(static_cast<std::size_t>(p.num_threads));
-  for (Group& group : workspaces) group.prepare(largest_small, stride);
-#pragma omp parallel for num_threads(p.num_threads) schedule(dynamic) if (groups.count() > 1)
+  std::vector<Group> workspaces;
+  workspaces.reserve(static_cast<std::size_t>(p.num_threads));
+  for (int thread = 0; thread < p.num_threads; ++thread) workspaces.emplace_back(p, largest_small);
+  for (Group& group : workspaces) group.begin(groups.order.data(), largest_small);
+  const int64_t share = std::max<int64_t>(1, groups.count() / (8 * p.num_threads));
+#pragma omp parallel for num_threads(p.num_threads) \
+    schedule(dynamic, share) if (small_work > kParallelWork)
   for (int64_t g = 0; g < groups.count(); ++g) {
     if (size_of(g) > kLargeGroup) continue;
     Group& group = workspaces[static_cast<std::size_t>(thread_index())];
-    group.prepare(size_of(g), stride);
-    nearest_of_group(p, members_of(g), size_of(g), stride, group);
+    group.begin(members_of(g), size_of(g));
+    nearest_of_small_group(group);
   }
+  (void)share;  // these are unused without OpenMP
+  (void)small_work;
 }
 
 }  // namespace gardo

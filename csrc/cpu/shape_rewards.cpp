@@ -6,16 +6,12 @@
 #include <vector>
 
 #include "groups.h"
+#include "radix_sort.h"
 
 namespace gardo {
 namespace {
 
 using std::int64_t;
-
-struct Keyed {
-  double key;
-  int64_t index;
-};
 
 // A sample takes part when its proxy and all its auxiliary rewards are numbers.
 std::vector<std::uint8_t> valid_samples(const ShapeRewardsParams& p) {
@@ -57,6 +53,8 @@ Moments moments(const double* values, const int64_t* members, int64_t n,
 }
 
 constexpr double kStdEps = 1e-4;
+// Fewer samples are done before a second thread has woken up.
+constexpr int64_t kParallelSamples = 4096;
 
 void group_advantages(const ShapeRewardsParams& p, const Groups& groups,
                       const std::vector<std::uint8_t>& valid) {
@@ -66,7 +64,8 @@ void group_advantages(const ShapeRewardsParams& p, const Groups& groups,
     const Moments m = moments(p.proxy, all.order.data(), p.num_samples, valid);
     global_scale = std::sqrt(m.variance) + kStdEps;
   }
-#pragma omp parallel for num_threads(p.num_threads) schedule(static) if (p.num_samples > 8192)
+#pragma omp parallel for num_threads(p.num_threads) \
+    schedule(static) if (p.num_samples > kParallelSamples)
   for (int64_t g = 0; g < groups.count(); ++g) {
     const int64_t* members = groups.order.data() + groups.start[g];
     const int64_t n = groups.start[g + 1] - groups.start[g];
@@ -90,31 +89,27 @@ void group_advantages(const ShapeRewardsParams& p, const Groups& groups,
   }
 }
 
-// Twice the number of wins of each valid member, a tie counting one half: an exact integer.
-void doubled_wins(const double* reward, const int64_t* members, int64_t n,
-                  const std::vector<std::uint8_t>& valid, Keyed* scratch, int64_t* wins) {
+// The valid members, sorted by reward (best first if `descending`), ties in sample order.
+int64_t rank_members(const double* reward, const int64_t* members, int64_t n,
+                     const std::vector<std::uint8_t>& valid, bool descending, Keyed* ranked,
+                     Keyed* scratch) {
   int64_t count = 0;
   for (int64_t j = 0; j < n; ++j) {
-    if (valid[members[j]]) scratch[count++] = {reward[members[j]], members[j]};
+    const int64_t i = members[j];
+    if (!valid[i]) continue;
+    const std::uint64_t key = key_of(reward[i]);
+    ranked[count++] = {descending ? ~key : key, i};
   }
-  std::sort(scratch, scratch + count, [](const Keyed& a, const Keyed& b) { return a.key < b.key; });
-  for (int64_t begin = 0, end = 0; begin < count; begin = end) {
-    while (end < count && scratch[end].key == scratch[begin].key) ++end;
-    for (int64_t j = begin; j < end; ++j) wins[scratch[j].index] = 2 * begin + (end - begin - 1);
-  }
+  stable_sort_by_key(ranked, scratch, count);
+  return count;
 }
 
-// 1-based ranks, best first, equal rewards in sample order: what the official gate ranks by.
-void descending_ranks(const double* reward, const int64_t* members, int64_t n,
-                      const std::vector<std::uint8_t>& valid, Keyed* scratch, int64_t* ranks) {
-  int64_t count = 0;
-  for (int64_t j = 0; j < n; ++j) {
-    if (valid[members[j]]) scratch[count++] = {reward[members[j]], members[j]};
+// Twice the number of wins of each sample, a tie counting one half: an exact integer.
+void doubled_wins(const Keyed* ranked, int64_t count, int64_t* wins) {
+  for (int64_t begin = 0, end = 0; begin < count; begin = end) {
+    while (end < count && ranked[end].key == ranked[begin].key) ++end;
+    for (int64_t j = begin; j < end; ++j) wins[ranked[j].index] = 2 * begin + (end - begin - 1);
   }
-  std::sort(scratch, scratch + count, [](const Keyed& a, const Keyed& b) {
-    return a.key > b.key || (a.key == b.key && a.index < b.index);
-  });
-  for (int64_t j = 0; j < count; ++j) ranks[scratch[j].index] = j + 1;
 }
 
 void uncertainties(const ShapeRewardsParams& p, const Groups& scopes,
@@ -123,20 +118,26 @@ void uncertainties(const ShapeRewardsParams& p, const Groups& scopes,
   const int64_t n = p.num_samples;
   const int64_t rewards = p.num_aux + 1;
   std::vector<int64_t> score(rewards * n);
-  std::vector<Keyed> scratch(rewards * n);
+  std::vector<Keyed> ranked(rewards * n), scratch(rewards * n);
   const int64_t jobs = scopes.count() * rewards;
-#pragma omp parallel for num_threads(p.num_threads) schedule(dynamic) if (n > 1024)
+#pragma omp parallel for num_threads(p.num_threads) schedule(dynamic) if (n > kParallelSamples)
   for (int64_t job = 0; job < jobs; ++job) {
     const int64_t k = job / scopes.count();
     const int64_t s = job % scopes.count();
     const int64_t begin = scopes.start[s];
     const int64_t size = scopes.start[s + 1] - begin;
     const double* reward = k == 0 ? p.proxy : p.aux + (k - 1) * n;
-    const auto rank = official ? descending_ranks : doubled_wins;
-    rank(reward, scopes.order.data() + begin, size, valid, scratch.data() + k * n + begin,
-         score.data() + k * n);
+    Keyed* own = ranked.data() + k * n + begin;
+    const int64_t count = rank_members(reward, scopes.order.data() + begin, size, valid, official,
+                                       own, scratch.data() + k * n + begin);
+    int64_t* scores = score.data() + k * n;
+    if (official) {
+      for (int64_t j = 0; j < count; ++j) scores[own[j].index] = j + 1;
+    } else {
+      doubled_wins(own, count, scores);
+    }
   }
-#pragma omp parallel for num_threads(p.num_threads) schedule(static) if (scopes.count() > 1024)
+#pragma omp parallel for num_threads(p.num_threads) schedule(static) if (n > kParallelSamples)
   for (int64_t s = 0; s < scopes.count(); ++s) {
     int64_t count = 0;
     for (int64_t j = scopes.start[s]; j < scopes.start[s + 1]; ++j) count += valid[scopes.order[j]];
