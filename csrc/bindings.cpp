@@ -15,6 +15,7 @@
 #include "nft_loss.h"
 #include "sde_step.h"
 #include "shape_rewards.h"
+#include "win_rate.h"
 
 namespace py = pybind11;
 
@@ -130,6 +131,22 @@ void shape_rewards(const py::kwargs& kwargs) {
   p.mean_uncertainty = args.array<double>("mean_uncertainty", true);
   const py::gil_scoped_release released;
   gardo::shape_rewards_cpu(p);
+}
+
+void win_rate(const py::kwargs& kwargs) {
+  const Args args(kwargs);
+  gardo::WinRateParams p{};
+  p.num_rewards = args.value<int64_t>("num_rewards");
+  p.num_samples = args.value<int64_t>("num_samples");
+  if (p.num_rewards < 0) refuse("num_rewards", "expected >= 0");
+  if (p.num_samples < 0) refuse("num_samples", "expected >= 0");
+  const bool any = p.num_rewards > 0 && p.num_samples > 0;
+  p.rewards = args.array<const double>("rewards", any);
+  p.groups = args.array<const int64_t>("group_ids", false);
+  p.num_threads = args.threads();
+  p.rate = args.array<double>("rate", any);
+  const py::gil_scoped_release released;
+  gardo::win_rate_cpu(p);
 }
 
 void nearest_neighbor(const py::kwargs& kwargs) {
@@ -303,6 +320,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The torch-free C++ core of gardo_kernels; use it through gardo_kernels._native.";
   m.attr("has_openmp") = has_openmp();
   m.def("shape_rewards", &shape_rewards);
+  m.def("win_rate", &win_rate);
   m.def("nearest_neighbor", &nearest_neighbor);
   m.def("sde_step", &sde_step);
   m.def("sde_log_prob", &sde_log_prob);

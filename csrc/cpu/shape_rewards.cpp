@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "groups.h"
-#include "radix_sort.h"
+#include "ranking.h"
 
 namespace gardo {
 namespace {
@@ -53,8 +53,6 @@ Moments moments(const double* values, const int64_t* members, int64_t n,
 }
 
 constexpr double kStdEps = 1e-4;
-// Fewer samples are done before a second thread has woken up.
-constexpr int64_t kParallelSamples = 4096;
 
 void group_advantages(const ShapeRewardsParams& p, const Groups& groups,
                       const std::vector<std::uint8_t>& valid) {
@@ -89,29 +87,6 @@ void group_advantages(const ShapeRewardsParams& p, const Groups& groups,
   }
 }
 
-// The valid members, sorted by reward (best first if `descending`), ties in sample order.
-int64_t rank_members(const double* reward, const int64_t* members, int64_t n,
-                     const std::vector<std::uint8_t>& valid, bool descending, Keyed* ranked,
-                     Keyed* scratch) {
-  int64_t count = 0;
-  for (int64_t j = 0; j < n; ++j) {
-    const int64_t i = members[j];
-    if (!valid[i]) continue;
-    const std::uint64_t key = key_of(reward[i]);
-    ranked[count++] = {descending ? ~key : key, i};
-  }
-  stable_sort_by_key(ranked, scratch, count);
-  return count;
-}
-
-// Twice the number of wins of each sample, a tie counting one half: an exact integer.
-void doubled_wins(const Keyed* ranked, int64_t count, int64_t* wins) {
-  for (int64_t begin = 0, end = 0; begin < count; begin = end) {
-    while (end < count && ranked[end].key == ranked[begin].key) ++end;
-    for (int64_t j = begin; j < end; ++j) wins[ranked[j].index] = 2 * begin + (end - begin - 1);
-  }
-}
-
 void uncertainties(const ShapeRewardsParams& p, const Groups& scopes,
                    const std::vector<std::uint8_t>& valid) {
   const bool official = p.gate_mode == GateMode::kOfficial;
@@ -128,8 +103,8 @@ void uncertainties(const ShapeRewardsParams& p, const Groups& scopes,
     const int64_t size = scopes.start[s + 1] - begin;
     const double* reward = k == 0 ? p.proxy : p.aux + (k - 1) * n;
     Keyed* own = ranked.data() + k * n + begin;
-    const int64_t count = rank_members(reward, scopes.order.data() + begin, size, valid, official,
-                                       own, scratch.data() + k * n + begin);
+    const int64_t count = rank_members(reward, scopes.order.data() + begin, size, valid.data(),
+                                       official, own, scratch.data() + k * n + begin);
     int64_t* scores = score.data() + k * n;
     if (official) {
       for (int64_t j = 0; j < count; ++j) scores[own[j].index] = j + 1;

@@ -193,6 +193,28 @@ def shape_rewards(
     return result
 
 
+def win_rate(rewards: Tensor, group_ids: Tensor | None = None) -> Tensor:
+    """Share of the others that each sample beats, a tie counting one half, ``[K, N]`` float64.
+
+    ``rewards`` is ``[K, N]`` float64, ``group_ids`` ``[N]`` int64 (None: one group). NaN stays NaN
+    and is no one's rival; a sample without others has 0.5.
+    """
+    core = _require_core()
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards: expected shape [K, N], got {list(rewards.shape)}")
+    num_rewards, samples = rewards.shape
+    rate = torch.empty_like(rewards)
+    core.win_rate(
+        rewards=_array("rewards", rewards, torch.float64, (num_rewards, samples)),
+        group_ids=_array("group_ids", group_ids, torch.int64, (samples,)),
+        num_rewards=num_rewards,
+        num_samples=samples,
+        num_threads=torch.get_num_threads(),
+        rate=rate.data_ptr(),
+    )
+    return rate
+
+
 def nearest_neighbor_distance(features: Tensor, group_ids: Tensor) -> Tensor:
     """Cosine distance to the nearest other member of the group, ``[N]`` float32 in ``[0, 2]``.
 

@@ -1,0 +1,22 @@
+// Ranks of rewards within a scope: the whole batch or a group.
+#pragma once
+
+#include <cstdint>
+
+#include "radix_sort.h"
+
+namespace gardo {
+
+// Fewer samples are done before a second thread has woken up.
+constexpr std::int64_t kParallelSamples = 4096;
+
+// The valid ones of `members`, sorted by reward (best first if `descending`), equal rewards in the
+// order of `members`; returns their number. `ranked` and `scratch` hold n entries.
+std::int64_t rank_members(const double* reward, const std::int64_t* members, std::int64_t n,
+                          const std::uint8_t* valid, bool descending, Keyed* ranked,
+                          Keyed* scratch);
+
+// Twice the number of wins of each ranked sample, a tie counting one half: an exact integer.
+void doubled_wins(const Keyed* ranked, std::int64_t count, std::int64_t* wins);
+
+}  // namespace gardo
