@@ -1,0 +1,122 @@
+"""Loads the compiled C++ core, and turns tensors into the addresses that it takes.
+
+The checks here are those that memory safety needs (dtype, shape, device, contiguity). The meaning
+of values is left to the ops that call the core.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch  # first: the core then shares torch's OpenMP runtime instead of loading its own
+from torch import Tensor
+
+_MODULE = "gardo_kernels._C"
+#: dtypes of latents that the core reads, in the order of its codes; it computes in float32
+LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module(_MODULE), None
+    except ModuleNotFoundError as error:
+        if error.name != _MODULE:
+            raise
+        return None, (
+            "the C++ core is not built (installed with GARDO_NO_NATIVE=1, or from a source tree "
+            "without `pip install -e .`)"
+        )
+    except ImportError as error:  # built, but it does not load here, e.g. for an older libstdc++
+        return None, f"the C++ core does not load: {error}"
+
+
+_core, _reason = _load()
+
+
+def is_available() -> bool:
+    """Whether the compiled core is loaded."""
+    return _core is not None
+
+
+def unavailable_reason() -> str | None:
+    """Why the compiled core is not loaded; None when it is."""
+    return _reason
+
+
+def has_openmp() -> bool:
+    """Whether the core is loaded and was built with OpenMP."""
+    return _core is not None and bool(_core.has_openmp)
+
+
+def require_core() -> ModuleType:
+    """The compiled core; ``RuntimeError`` with the reason where there is none."""
+    if _core is None:
+        raise RuntimeError(f"backend 'native' is not available: {_reason}")
+    return _core
+
+
+def _readable(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: expected a CPU tensor, got device {tensor.device}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    return tensor
+
+
+def array(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Address of a contiguous CPU array of exactly this dtype and shape; 0 for None."""
+    if tensor is None:
+        return 0
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+    return _readable(name, tensor, shape).data_ptr()
+
+
+def latents(name: str, tensor: Tensor | None, like: Tensor) -> tuple[int, int]:
+    """Address and dtype code of latents of the shape of ``like``; (0, 0) for None."""
+    if tensor is None:
+        return 0, 0
+    if tensor.dtype not in LATENT_DTYPES:
+        raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
+    address = _readable(name, tensor, tuple(like.shape)).data_ptr()
+    return address, LATENT_DTYPES.index(tensor.dtype)
+
+
+def row_scalar(name: str, tensor: Tensor, rows: int) -> tuple[int, int]:
+    """Address and stride of a float32 scalar, one for all rows or one per row."""
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name}: expected dtype torch.float32, got {tensor.dtype}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: expected a CPU tensor, got device {tensor.device}")
+    if tensor.dim() == 0:
+        return tensor.data_ptr(), 0
+    if tuple(tensor.shape) != (rows,):
+        raise ValueError(f"{name}: expected shape [] or [{rows}], got {list(tensor.shape)}")
+    return tensor.data_ptr(), tensor.stride(0)
+
+
+def extent(like: Tensor) -> dict[str, int]:
+    """Rows, elements per row and the threads that PyTorch is set to use."""
+    if like.dim() == 0:
+        raise ValueError("velocity: expected shape [B, ...], got a 0-d tensor")
+    rows = like.shape[0]
+    return {
+        "rows": rows,
+        "row_size": like.numel() // rows if rows else 0,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def choice(name: str, value: str, choices: tuple[str, ...]) -> int:
+    """The core's code of one of ``choices``: its position."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return choices.index(value)
+
+
+def float32(*shape: int) -> Tensor:
+    """An uninitialised float32 CPU tensor for results."""
+    return torch.empty(shape, dtype=torch.float32)

@@ -1,0 +1,122 @@
+"""Tensor signatures of the C++ core: rewards and features of one epoch (see ``_native``)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gardo_kernels._native_core import array, choice, float32, latents, require_core
+
+ADVANTAGE_NORMS = ("none", "group_std", "global_std")
+GATE_MODES = ("paper", "official", "all", "off")
+SCOPES = ("batch", "group")
+
+
+class NativeShapedRewards(NamedTuple):
+    """What :func:`shape_rewards` returns; all on the CPU."""
+
+    advantage: Tensor  # [N] float64
+    uncertainty: Tensor  # [N] float64
+    gate: Tensor  # [N] bool
+    threshold: Tensor  # [] float64
+    mean_uncertainty: Tensor  # [] float64
+
+
+def shape_rewards(
+    proxy: Tensor,
+    aux: Tensor,
+    group_ids: Tensor,
+    distance: Tensor | None = None,
+    fraction: float = 0.1,
+    advantage_norm: str = "none",
+    gate: str = "paper",
+    scope: str = "batch",
+) -> NativeShapedRewards:
+    """Advantages, win-rate uncertainties and gate of N samples, in O(K N log N).
+
+    ``proxy`` ``[N]``, ``aux`` ``[K, N]`` and ``distance`` ``[N]`` are float64, ``group_ids`` is
+    ``[N]`` int64. A sample with NaN in ``proxy`` or ``aux`` takes no part: advantage 0, uncertainty
+    0, not gated, left out of every mean and ranking. The arguments mean what they mean to
+    :func:`gardo_kernels.shape_rewards`.
+    """
+    core = require_core()
+    if proxy.dim() != 1:
+        raise ValueError(f"proxy: expected shape [N], got {list(proxy.shape)}")
+    if aux.dim() != 2:
+        raise ValueError(f"aux: expected shape [K, N], got {list(aux.shape)}")
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"fraction: expected a number in [0, 1], got {fraction}")
+    samples, num_aux = proxy.shape[0], aux.shape[0]
+    result = NativeShapedRewards(
+        torch.empty(samples, dtype=torch.float64),
+        torch.empty(samples, dtype=torch.float64),
+        torch.empty(samples, dtype=torch.bool),
+        torch.empty((), dtype=torch.float64),
+        torch.empty((), dtype=torch.float64),
+    )
+    core.shape_rewards(
+        proxy=array("proxy", proxy, torch.float64, (samples,)),
+        aux=array("aux", aux, torch.float64, (num_aux, samples)),
+        group_ids=array("group_ids", group_ids, torch.int64, (samples,)),
+        distance=array("distance", distance, torch.float64, (samples,)),
+        num_samples=samples,
+        num_aux=num_aux,
+        fraction=fraction,
+        advantage_norm=choice("advantage_norm", advantage_norm, ADVANTAGE_NORMS),
+        gate_mode=choice("gate", gate, GATE_MODES),
+        scope=choice("scope", scope, SCOPES),
+        num_threads=torch.get_num_threads(),
+        advantage=result.advantage.data_ptr(),
+        uncertainty=result.uncertainty.data_ptr(),
+        gate=result.gate.data_ptr(),
+        threshold=result.threshold.data_ptr(),
+        mean_uncertainty=result.mean_uncertainty.data_ptr(),
+    )
+    return result
+
+
+def win_rate(rewards: Tensor, group_ids: Tensor | None = None) -> Tensor:
+    """Share of the others that each sample beats, a tie counting one half, ``[K, N]`` float64.
+
+    ``rewards`` is ``[K, N]`` float64, ``group_ids`` ``[N]`` int64 (None: one group). NaN stays NaN
+    and is no one's rival; a sample without others has 0.5.
+    """
+    core = require_core()
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards: expected shape [K, N], got {list(rewards.shape)}")
+    num_rewards, samples = rewards.shape
+    rate = torch.empty_like(rewards)
+    core.win_rate(
+        rewards=array("rewards", rewards, torch.float64, (num_rewards, samples)),
+        group_ids=array("group_ids", group_ids, torch.int64, (samples,)),
+        num_rewards=num_rewards,
+        num_samples=samples,
+        num_threads=torch.get_num_threads(),
+        rate=rate.data_ptr(),
+    )
+    return rate
+
+
+def nearest_neighbor_distance(features: Tensor, group_ids: Tensor) -> Tensor:
+    """Cosine distance to the nearest other member of the group, ``[N]`` float32 in ``[0, 2]``.
+
+    ``features`` ``[N, D]`` float32, float16 or bfloat16 of any length, ``group_ids`` ``[N]`` int64.
+    0 for a sample without another usable member, NaN for a row that is not finite (it is no one's
+    neighbour), distance 1 from and to a zero row, exactly 0 between identical rows.
+    """
+    core = require_core()
+    if features.dim() != 2:
+        raise ValueError(f"features: expected shape [N, D], got {list(features.shape)}")
+    samples, dim = features.shape
+    distance = float32(samples)
+    core.nearest_neighbor(
+        features=latents("features", features, features),
+        group_ids=array("group_ids", group_ids, torch.int64, (samples,)),
+        num_samples=samples,
+        dim=dim,
+        num_threads=torch.get_num_threads(),
+        distance=distance.data_ptr(),
+    )
+    return distance
