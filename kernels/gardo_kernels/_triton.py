@@ -28,7 +28,7 @@ _TILES = 4
 _TILES_LONG = 16
 _LONG_ROW = 1 << 20
 _MAX_WIDTH = 64
-FINAL_ROWS = 16
+FINAL_ROWS = 8
 
 
 class Tiling(NamedTuple):
@@ -74,15 +74,22 @@ def stride_of(value: Tensor) -> int:
     return 0 if value.dim() == 0 else value.stride(0)
 
 
-def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **meta: Any) -> None:
+def launch(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    *args: Any,
+    num_warps: int = NUM_WARPS,
+    **meta: Any,
+) -> None:
     """Launch ``programs`` programs on the device of the operands (not the current one)."""
     if programs == 0:
         return
     if device.type == "cuda":
         with torch.cuda.device(device):
-            kernel[(programs,)](*args, num_warps=NUM_WARPS, **meta)
+            kernel[(programs,)](*args, num_warps=num_warps, **meta)
     else:
-        kernel[(programs,)](*args, num_warps=NUM_WARPS, **meta)
+        kernel[(programs,)](*args, num_warps=num_warps, **meta)
 
 
 @triton.jit

@@ -12,7 +12,8 @@ from torch import Tensor
 from gardo_kernels import _triton as common
 
 _MEMBERS = 32  # members per block: one block holds the usual group of 24
-_FEATURES = 64  # feature columns per block
+_FEATURES = 32  # feature columns per block
+_WARPS = 8  # four would hold twice the accumulators each, and spill
 
 
 @triton.jit
@@ -86,5 +87,6 @@ def nearest_neighbor_distance(features: Tensor, group_ids: Tensor) -> Tensor:
         features.shape[1],
         MEMBERS=_MEMBERS,
         FEATURES=_FEATURES,
+        num_warps=_WARPS,
     )
     return distance

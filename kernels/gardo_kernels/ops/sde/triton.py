@@ -28,13 +28,36 @@ _NO_NOISE, _GIVEN_NOISE, _DRAWN_NOISE = 0, 1, 2
 
 
 @triton.jit
+def _cos_sin_of_turns(u):
+    """Cosine and sine of ``u`` turns, ``0 <= u <= 1``, to 1e-7.
+
+    The library functions carry a reduction for huge arguments that needs a stack.
+    """
+    quarter = tl.floor(4.0 * u + 0.5)
+    angle = 6.283185307179586 * (u - 0.25 * quarter)  # within an eighth of a turn
+    square = angle * angle
+    sine = -1 / 5040 + square / 362880
+    sine = angle * (1.0 + square * (-1 / 6 + square * (1 / 120 + square * sine)))
+    cosine = -1 / 720 + square / 40320
+    cosine = 1.0 + square * (-0.5 + square * (1 / 24 + square * cosine))
+    quadrant = quarter.to(tl.int32) & 3
+    odd = (quadrant & 1) == 1
+    x = tl.where(odd, sine, cosine)
+    y = tl.where(odd, cosine, sine)
+    return (
+        tl.where((quadrant == 1) | (quadrant == 2), -x, x),
+        tl.where(quadrant >= 2, -y, y),
+    )
+
+
+@triton.jit
 def _normal_pair(first, second):
     """Box-Muller on two 32-bit words."""
     u1 = (first.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     u2 = (second.to(tl.float32) + 0.5) * 2.3283064365386963e-10
     radius = tl.sqrt(-2.0 * tl.log(u1))
-    angle = 6.283185307179586 * u2
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    cosine, sine = _cos_sin_of_turns(u2)
+    return radius * cosine, radius * sine
 
 
 @triton.jit
