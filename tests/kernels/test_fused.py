@@ -402,6 +402,28 @@ def test_compiles_without_graph_breaks(backend):
         torch.testing.assert_close(traced, eager, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("backend", ["reference", BACKENDS[0]])
+def test_shaping_is_an_operator(backend):
+    g = torch.Generator().manual_seed(0)
+    proxy, aux, features = (torch.randn(*s, generator=g) for s in ((12,), (2, 12), (12, 5)))
+    ids = torch.arange(12) % 3
+    ops = torch.ops.gardo
+    arguments = (proxy.double(), aux.double(), ids, None, 0.1, None, "none", "paper", "batch")
+    torch.library.opcheck(ops.shape_rewards.default, (*arguments, backend))
+    torch.library.opcheck(ops.nearest_neighbor_distance.default, (features, ids, backend))
+
+    def shape(proxy, features):
+        distance = gk.nearest_neighbor_distance(features, ids, backend=backend)
+        return gk.shape_rewards(proxy, aux, ids, distance, backend=backend), gk.win_rate(aux, ids)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(shape, fullgraph=True, backend="aot_eager")
+    (traced, wins), (eager, expected) = compiled(proxy, features), shape(proxy, features)
+    torch.testing.assert_close(wins, expected)
+    for a, b in zip(traced, eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_reference_compiles_without_graph_breaks():
     v, _, ref, x, prev, old, advantage, gate, coef = grpo_inputs((4, 6), torch.float32, "native")
 

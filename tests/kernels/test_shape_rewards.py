@@ -249,6 +249,7 @@ def test_native_equals_reference_on_a_large_epoch():
 
 reward = st.floats(-1e6, 1e6, width=32)
 small = st.integers(0, 3).map(float)
+sixty_fourths = st.integers(0, 64).map(lambda k: k / 64)  # exact in what follows
 
 
 @st.composite
@@ -265,7 +266,7 @@ def epochs(draw):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=60, deadline=None)
-@given(data=epochs(), fraction=st.floats(0, 1), scope=st.sampled_from(["batch", "group"]))
+@given(data=epochs(), fraction=sixty_fourths, scope=st.sampled_from(["batch", "group"]))
 def test_properties(backend, data, fraction, scope):
     proxy, aux, ids, order = data
     arguments = {"fraction": fraction, "scope": scope, "backend": backend}
@@ -282,7 +283,7 @@ def test_properties(backend, data, fraction, scope):
     # The gate takes at most its share of the non-negative uncertainties.
     eligible = int((shaped.uncertainty >= 0).sum())
     assert eligible >= 1
-    assert int(shaped.gate.sum()) <= math.ceil(fraction * (eligible - 1) - 1e-9)
+    assert int(shaped.gate.sum()) <= math.ceil(fraction * (eligible - 1))
     assert (shaped.uncertainty[shaped.gate] > 0).all() or fraction == 1
     assert shaped.uncertainty.abs().max() <= 1
 

@@ -10,23 +10,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gardo_kernels as gk
+from gardo_kernels import _native
+
+BACKENDS = [
+    "reference",
+    pytest.param(
+        "native",
+        marks=pytest.mark.skipif(
+            not _native.is_available(), reason=str(_native.unavailable_reason())
+        ),
+    ),
+]
 
 
-def test_hand_computed_with_ties():
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def test_hand_computed_with_ties(backend):
     rewards = torch.tensor([[1.0, 3.0, 1.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     expected = [[1 / 6, 1.0, 1 / 6, 2 / 3], [0.5] * 4]
-    torch.testing.assert_close(gk.win_rate(rewards), torch.tensor(expected))
+    torch.testing.assert_close(gk.win_rate(rewards, backend=backend), torch.tensor(expected))
 
 
-def test_within_groups():
+def test_within_groups(backend):
     rewards = torch.tensor([[1.0, 9.0, 2.0, 8.0, 5.0]])
     ids = torch.tensor([7, -1, 7, -1, 3])
-    assert gk.win_rate(rewards, ids).tolist() == [[0.0, 1.0, 1.0, 0.0, 0.5]]
+    assert gk.win_rate(rewards, ids, backend=backend).tolist() == [[0.0, 1.0, 1.0, 0.0, 0.5]]
 
 
-def test_missing_rewards_are_no_rivals():
+def test_missing_rewards_are_no_rivals(backend):
     rewards = torch.tensor([[1.0, math.nan, 3.0, 2.0], [math.nan, 1.0, math.nan, math.nan]])
-    rate = gk.win_rate(rewards)
+    rate = gk.win_rate(rewards, backend=backend)
     torch.testing.assert_close(
         rate,
         torch.tensor([[0.0, math.nan, 1.0, 0.5], [math.nan, 0.5, math.nan, math.nan]]),
@@ -34,14 +50,16 @@ def test_missing_rewards_are_no_rivals():
     )
 
 
-def test_infinities_are_ordinary_extremes():
+def test_infinities_are_ordinary_extremes(backend):
     rewards = torch.tensor([[-math.inf, 0.0, math.inf, math.inf]])
-    torch.testing.assert_close(gk.win_rate(rewards), torch.tensor([[0, 1 / 3, 5 / 6, 5 / 6]]))
+    torch.testing.assert_close(
+        gk.win_rate(rewards, backend=backend), torch.tensor([[0, 1 / 3, 5 / 6, 5 / 6]])
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0), (0, 0), (3, 1)])
-def test_degenerate_shapes(shape):
-    rate = gk.win_rate(torch.ones(shape), torch.zeros(shape[1], dtype=torch.int64))
+def test_degenerate_shapes(backend, shape):
+    rate = gk.win_rate(torch.ones(shape), torch.zeros(shape[1], dtype=torch.int64), backend=backend)
     assert rate.shape == shape
     assert (rate == 0.5).all()
 
@@ -58,12 +76,12 @@ def test_dtype():
     shift=st.integers(-100, 100),
     scale=st.integers(1, 64),
 )
-def test_properties(values, seed, shift, scale):
+def test_properties(backend, values, seed, shift, scale):
     n = len(values)
     generator = torch.Generator().manual_seed(seed)
     rewards = torch.tensor([values, values[::-1]], dtype=torch.float64)
     ids = torch.randint(3, (n,), generator=generator)
-    rate = gk.win_rate(rewards, ids)
+    rate = gk.win_rate(rewards, ids, backend=backend)
     for row in range(2):
         for i in range(n):
             mine = rewards[row, i]
@@ -71,10 +89,12 @@ def test_properties(values, seed, shift, scale):
             wins = sum(float(r < mine) + 0.5 * float(r == mine) for r in others)
             expected = wins / len(others) if others else 0.5
             assert float(rate[row, i]) == pytest.approx(expected, abs=1e-15)
-    assert torch.equal(gk.win_rate(rewards * scale + shift, ids), rate)
+    assert torch.equal(gk.win_rate(rewards * scale + shift, ids, backend=backend), rate)
     order = torch.randperm(n, generator=generator)
-    assert torch.equal(gk.win_rate(rewards[:, order], ids[order]), rate[:, order])
-    torch.testing.assert_close(gk.win_rate(-rewards, ids), 1 - rate, rtol=0, atol=1e-15)
+    assert torch.equal(gk.win_rate(rewards[:, order], ids[order], backend=backend), rate[:, order])
+    torch.testing.assert_close(
+        gk.win_rate(-rewards, ids, backend=backend), 1 - rate, rtol=0, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gardo_kernels import _backends, _checks
-from gardo_kernels.ops.nearest_neighbor import faiss, reference
+from gardo_kernels.ops.nearest_neighbor import faiss
 from gardo_kernels.ops.sde.fused import kernels
 
 __all__ = ["nearest_neighbor_distance"]
@@ -20,13 +20,14 @@ _BACKENDS: dict[str, _backends.Availability] = {
 
 
 @torch.library.custom_op("gardo::nearest_neighbor_distance", mutates_args=())
-def _fused(features: Tensor, group_ids: Tensor, backend: str) -> Tensor:
-    return kernels("nearest_neighbor", backend).nearest_neighbor_distance(features, group_ids)
+def _distance(features: Tensor, group_ids: Tensor, backend: str) -> Tensor:
+    run = kernels("nearest_neighbor", backend)
+    return run.nearest_neighbor_distance(features, group_ids).to(_checks.compute_dtype(features))
 
 
-@_fused.register_fake
+@_distance.register_fake
 def _(features: Tensor, group_ids: Tensor, backend: str) -> Tensor:
-    return features.new_empty(features.shape[0], dtype=torch.float32)
+    return features.new_empty(features.shape[0], dtype=_checks.compute_dtype(features))
 
 
 def nearest_neighbor_distance(
@@ -58,9 +59,4 @@ def nearest_neighbor_distance(
     chosen = _backends.select(
         "nearest_neighbor_distance", backend, features.device, dtype, _BACKENDS
     )
-    features = features.detach()
-    if chosen == "reference":
-        return reference.nearest_neighbor_distance(features, group_ids).to(dtype)
-    if chosen == "faiss":
-        return faiss.nearest_neighbor_distance(features, group_ids).to(dtype)
-    return _fused(features, group_ids, chosen)
+    return _distance(features.detach(), group_ids, chosen)

@@ -33,6 +33,40 @@ _BACKENDS: dict[str, _backends.Availability] = {
 }
 
 
+@torch.library.custom_op("gardo::shape_rewards", mutates_args=())
+def _shape_rewards(
+    proxy: Tensor,
+    aux: Tensor,
+    group_ids: Tensor,
+    distance: Tensor | None,
+    fraction: float,
+    fraction_tensor: Tensor | None,
+    advantage_norm: str,
+    gate: str,
+    scope: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = (advantage_norm, gate, scope)
+    if backend == "native":
+        return _native.shape_rewards(
+            proxy.contiguous(),
+            aux.contiguous(),
+            group_ids.contiguous(),
+            None if distance is None else distance.contiguous(),
+            fraction if fraction_tensor is None else float(fraction_tensor),
+            *options,
+        )
+    share = fraction if fraction_tensor is None else fraction_tensor
+    return reference.shape_rewards(proxy, aux, group_ids, distance, share, *options)
+
+
+@_shape_rewards.register_fake
+def _(proxy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    advantage, uncertainty = torch.empty_like(proxy), torch.empty_like(proxy)
+    mask = torch.empty_like(proxy, dtype=torch.bool)
+    return advantage, uncertainty, mask, proxy.new_empty(()), proxy.new_empty(())
+
+
 def shape_rewards(
     proxy: Tensor,
     aux: Tensor,
@@ -92,23 +126,10 @@ def shape_rewards(
     if distance64 is not None:
         usable &= distance64.isfinite()
     proxy64 = proxy64.masked_fill(~usable, torch.nan)
-    result: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-    if chosen == "native":
-        result = _native.shape_rewards(
-            proxy64.contiguous(),
-            aux64.contiguous(),
-            group_ids.contiguous(),
-            None if distance64 is None else distance64.contiguous(),
-            float(fraction),
-            advantage_norm,
-            gate,
-            scope,
-        )
-    else:
-        result = reference.shape_rewards(
-            proxy64, aux64, group_ids, distance64, fraction, advantage_norm, gate, scope
-        )
-    advantage, uncertainty, mask, threshold, mean = result
+    number, tensor = (0.0, fraction) if isinstance(fraction, Tensor) else (fraction, None)
+    advantage, uncertainty, mask, threshold, mean = _shape_rewards(
+        proxy64, aux64, group_ids, distance64, number, tensor, advantage_norm, gate, scope, chosen
+    )
     dtype = _checks.compute_dtype(proxy)
     return ShapedRewards(
         advantage.to(dtype), uncertainty.to(dtype), mask, threshold.to(dtype), mean.to(dtype)

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from gardo_kernels import _checks
+from gardo_kernels import _backends, _checks, _native
 from gardo_kernels.ops.win_rate import reference
 
 __all__ = ["win_rate"]
 
 
-def win_rate(rewards: Tensor, group_ids: Tensor | None = None) -> Tensor:
+_BACKENDS: dict[str, _backends.Availability] = {
+    "native": _backends.native_cpu_any_dtype,
+    "reference": _backends.always,
+}
+
+
+@torch.library.custom_op("gardo::win_rate", mutates_args=())
+def _win_rate(rewards: Tensor, group_ids: Tensor | None, backend: str) -> Tensor:
+    if backend == "native":
+        ids = None if group_ids is None else group_ids.contiguous()
+        return _native.win_rate(rewards.contiguous(), ids)
+    return reference.win_rate(rewards, group_ids)
+
+
+@_win_rate.register_fake
+def _(rewards: Tensor, group_ids: Tensor | None, backend: str) -> Tensor:
+    return torch.empty_like(rewards)
+
+
+def win_rate(
+    rewards: Tensor, group_ids: Tensor | None = None, backend: str | None = None
+) -> Tensor:
     """Share of the other samples that a sample beats, a tie counting one half::
 
         w_i = (#{j: R_j < R_i} + 0.5 * #{j != i: R_j = R_i}) / (N - 1)
@@ -19,17 +41,21 @@ def win_rate(rewards: Tensor, group_ids: Tensor | None = None) -> Tensor:
         rewards: ``[K, N]`` floating, one row per reward.
         group_ids: int64 ``[N]``; samples are compared within their group. None: with all others.
 
+        backend: None for the best available, ``native`` or ``reference``.
+
     Returns:
         ``[K, N]`` in ``[0, 1]``, float64 for float64 rewards, else float32. A sample without
         others has 0.5. NaN rewards stay NaN and are no one's rival. No gradient flows.
 
     Raises:
         TypeError, ValueError: wrong type, shape, dtype or device.
+        BackendUnavailable: the backend asked for cannot run here.
     """
     _checks.floating("rewards", rewards)
     if rewards.dim() != 2:
         raise ValueError(f"rewards: expected shape [K, N], got {list(rewards.shape)}")
     if group_ids is not None:
         _checks.group_ids(group_ids, rewards.shape[1], rewards.device)
-    rate = reference.win_rate(rewards.detach(), group_ids)
+    chosen = _backends.select("win_rate", backend, rewards.device, rewards.dtype, _BACKENDS)
+    rate = _win_rate(rewards.detach().to(torch.float64), group_ids, chosen)
     return rate.to(_checks.compute_dtype(rewards))

@@ -33,8 +33,7 @@ def doubled_wins(rewards: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def win_rate(rewards: Tensor, ids: Tensor | None) -> Tensor:
-    """Share of the others that each sample beats, ``[K, N]`` float64; NaN stays NaN."""
-    rewards = rewards.to(torch.float64)
+    """Share of the others that each sample of float64 ``[K, N]`` beats; NaN stays NaN."""
     wins, count = doubled_wins(rewards, ids)
     rate = wins.to(torch.float64) / (2 * (count - 1)).clamp(min=1).to(torch.float64)
     rate = torch.where(count > 1, rate, torch.full_like(rate, 0.5))
