@@ -12,7 +12,8 @@ from gardo_kernels.ops.sde import SDECoefficients, check_density, check_velociti
 
 __all__ = ["GRPOLoss", "grpo_loss"]
 
-_BACKENDS: dict[str, _backends.Availability] = {
+#: Backends by name, best first.
+BACKENDS: dict[str, _backends.Availability] = {
     "native": _backends.native_cpu,
     "triton": _backends.triton,
     "reference": _backends.always,
@@ -96,7 +97,7 @@ def grpo_loss(
     dtype = _checks.compute_dtype(
         velocity, sample, prev_sample, velocity_uncond, ref_velocity, coef.a
     )
-    chosen = _backends.select("grpo_loss", backend, device, dtype, _BACKENDS)
+    chosen = _backends.select("grpo_loss", backend, device, dtype, BACKENDS)
     arguments = (
         velocity,
         sample,

@@ -11,7 +11,8 @@ from gardo_kernels.ops.sde.fused import kernels
 
 __all__ = ["nearest_neighbor_distance"]
 
-_BACKENDS: dict[str, _backends.Availability] = {
+#: Backends by name, best first.
+BACKENDS: dict[str, _backends.Availability] = {
     "native": _backends.native_cpu,
     "triton": _backends.triton,
     "reference": _backends.always,
@@ -57,6 +58,6 @@ def nearest_neighbor_distance(
     _checks.group_ids(group_ids, features.shape[0], features.device)
     dtype = _checks.compute_dtype(features)
     chosen = _backends.select(
-        "nearest_neighbor_distance", backend, features.device, dtype, _BACKENDS
+        "nearest_neighbor_distance", backend, features.device, dtype, BACKENDS
     )
     return _distance(features.detach(), group_ids, chosen)

@@ -12,7 +12,8 @@ from gardo_kernels.ops.nft_loss import fused, reference
 
 __all__ = ["NFTLoss", "nft_loss"]
 
-_BACKENDS: dict[str, _backends.Availability] = {
+#: Backends by name, best first.
+BACKENDS: dict[str, _backends.Availability] = {
     "native": _backends.native_cpu,
     "triton": _backends.triton,
     "reference": _backends.always,
@@ -90,7 +91,7 @@ def nft_loss(
     check_kl(velocity, gate, ref_velocity, kl_coef)
     _checks.choice("kl_when_ungated", kl_when_ungated, _KL_WHEN_UNGATED)
     dtype = _checks.compute_dtype(velocity, old_velocity, x0, xt, ref_velocity)
-    chosen = _backends.select("nft_loss", backend, device, dtype, _BACKENDS)
+    chosen = _backends.select("nft_loss", backend, device, dtype, BACKENDS)
     arguments = (
         velocity,
         old_velocity,

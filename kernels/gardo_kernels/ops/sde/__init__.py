@@ -14,7 +14,8 @@ from gardo_kernels.ops.sde.philox import philox_normal
 
 __all__ = ["SDECoefficients", "SDEStep", "sde_coefficients", "sde_log_prob", "sde_step"]
 
-_BACKENDS: dict[str, _backends.Availability] = {
+#: Backends by name, best first.
+BACKENDS: dict[str, _backends.Availability] = {
     "native": _backends.native_cpu,
     "triton": _backends.triton,
     "reference": _backends.always,
@@ -74,7 +75,7 @@ def sde_step(
     if seed is not None:
         seed = _seed_tensor(seed, velocity.device)
     dtype = _checks.compute_dtype(velocity, sample, noise, velocity_uncond, coef.a)
-    chosen = _backends.select("sde_step", backend, velocity.device, dtype, _BACKENDS)
+    chosen = _backends.select("sde_step", backend, velocity.device, dtype, BACKENDS)
     guidance = float(guidance_scale)
     if coef.kind == "ode":
         noise = seed = None
@@ -114,7 +115,7 @@ def sde_log_prob(
     _checks.latents("prev_sample", prev_sample, like=velocity)
     check_density(coef)
     dtype = _checks.compute_dtype(velocity, sample, prev_sample, velocity_uncond, coef.a)
-    chosen = _backends.select("sde_log_prob", backend, velocity.device, dtype, _BACKENDS)
+    chosen = _backends.select("sde_log_prob", backend, velocity.device, dtype, BACKENDS)
     guidance = float(guidance_scale)
     if chosen != "reference":
         return fused.sde_log_prob(

@@ -27,7 +27,8 @@ class ShapedRewards(NamedTuple):
     mean_uncertainty: Tensor
 
 
-_BACKENDS: dict[str, _backends.Availability] = {
+#: Backends by name, best first.
+BACKENDS: dict[str, _backends.Availability] = {
     "native": _backends.native_cpu_any_dtype,
     "reference": _backends.always,
 }
@@ -118,7 +119,7 @@ def shape_rewards(
     _checks.choice("advantage_norm", advantage_norm, ADVANTAGE_NORMS)
     _checks.choice("gate", gate, GATES)
     _checks.choice("scope", scope, SCOPES)
-    chosen = _backends.select("shape_rewards", backend, proxy.device, proxy.dtype, _BACKENDS)
+    chosen = _backends.select("shape_rewards", backend, proxy.device, proxy.dtype, BACKENDS)
 
     proxy64, aux64 = proxy.detach().to(torch.float64), aux.detach().to(torch.float64)
     distance64 = None if distance is None else distance.detach().to(torch.float64)

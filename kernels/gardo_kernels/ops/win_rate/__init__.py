@@ -11,7 +11,8 @@ from gardo_kernels.ops.win_rate import reference
 __all__ = ["win_rate"]
 
 
-_BACKENDS: dict[str, _backends.Availability] = {
+#: Backends by name, best first.
+BACKENDS: dict[str, _backends.Availability] = {
     "native": _backends.native_cpu_any_dtype,
     "reference": _backends.always,
 }
@@ -56,6 +57,6 @@ def win_rate(
         raise ValueError(f"rewards: expected shape [K, N], got {list(rewards.shape)}")
     if group_ids is not None:
         _checks.group_ids(group_ids, rewards.shape[1], rewards.device)
-    chosen = _backends.select("win_rate", backend, rewards.device, rewards.dtype, _BACKENDS)
+    chosen = _backends.select("win_rate", backend, rewards.device, rewards.dtype, BACKENDS)
     rate = _win_rate(rewards.detach().to(torch.float64), group_ids, chosen)
     return rate.to(_checks.compute_dtype(rewards))
