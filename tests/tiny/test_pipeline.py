@@ -149,6 +149,15 @@ def test_text_encoding_does_not_depend_on_the_padded_length(pipeline):
     assert long[:, short.shape[1] :].eq(0).all()
 
 
+def test_images_hardly_depend_on_the_padded_length(pipeline):
+    prompts = ["four yellow circles", "two green squares"]
+    short, long = (
+        sample_images(pipeline, prompts, SamplerSetting(6, 1.5, t5_length=length), _generator())
+        for length in (8, 256)
+    )
+    assert (short - long).abs().mean() < 0.01  # a shape that comes or goes makes about 0.02
+
+
 def test_autoencoder_keeps_counts_and_scales_latents(pipeline):
     scenes = all_scenes(range(1, 10)) * 2
     images = render(scenes, _generator(7))
