@@ -155,7 +155,8 @@ def test_images_hardly_depend_on_the_padded_length(pipeline):
         sample_images(pipeline, prompts, SamplerSetting(6, 1.5, t5_length=length), _generator())
         for length in (8, 256)
     )
-    assert (short - long).abs().mean() < 0.01  # a shape that comes or goes makes about 0.02
+    # one average shape (22 px) more or less in one of the two images would make about 0.006
+    assert (short - long).abs().mean() < 0.003
 
 
 def test_autoencoder_keeps_counts_and_scales_latents(pipeline):
