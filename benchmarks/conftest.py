@@ -1,0 +1,92 @@
+"""What every benchmark shares: device, copy bandwidth of this run, checks before timing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_COPY_BYTES = 256 << 20
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device(DEVICE)
+
+
+@pytest.fixture(scope="session")
+def velocity_dtype() -> torch.dtype:
+    """What a transformer gives: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+@pytest.fixture(scope="session")
+def copy_bandwidth() -> float:
+    """Bytes per second, read plus written, of the fastest of ten 256 MiB copies."""
+    source = torch.ones(_COPY_BYTES // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(10):
+        synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * _COPY_BYTES / best
+
+
+@pytest.fixture
+def measure(benchmark: Any, copy_bandwidth: float) -> Callable[..., None]:
+    """Time ``run`` and note the minimal bytes, the bandwidth and the peak memory it takes."""
+
+    def go(run: Callable[[], Any], group: str, variant: str, least_bytes: int) -> None:
+        def synchronized() -> None:
+            run()
+            synchronize()
+
+        benchmark.group = group
+        peak = peak_bytes(synchronized)
+        benchmark.pedantic(synchronized, rounds=15, iterations=1, warmup_rounds=3)
+        # The fastest round: other work on the machine only ever adds time.
+        seconds = benchmark.stats.stats.min
+        benchmark.extra_info.update(
+            device=DEVICE,
+            threads=torch.get_num_threads(),
+            variant=variant,
+            least_mib=least_bytes / 2**20,
+            gb_per_s=least_bytes / seconds / 1e9,
+            copy_fraction=least_bytes / seconds / copy_bandwidth,
+            copy_gb_per_s=copy_bandwidth / 1e9,
+            peak_mib=peak / 2**20,
+        )
+
+    return go
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Most memory that torch allocated at once during a call, beyond what was there before."""
+    run()
+    if DEVICE == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        run()
+    live = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
