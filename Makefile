@@ -41,6 +41,7 @@ asan:  ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	  -DGARDO_CORE_TESTS=ON -DGARDO_SANITIZE=ON
 	cmake --build $(BUILD)/asan --parallel
 	$(BUILD)/asan/gardo_core_tests
+	$(BUILD)/asan/gardo_cuda_emulation
 
 clean:  ## build outputs and caches
 	rm -rf $(BUILD) dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

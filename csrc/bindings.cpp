@@ -106,8 +106,7 @@ class Args {
   const py::kwargs& kwargs_;
 };
 
-void shape_rewards(const py::kwargs& kwargs) {
-  const Args args(kwargs);
+gardo::ShapeRewardsParams shape_rewards_params(const Args& args) {
   gardo::ShapeRewardsParams p{};
   p.num_samples = args.value<int64_t>("num_samples");
   p.num_aux = args.value<int64_t>("num_aux");
@@ -129,9 +128,28 @@ void shape_rewards(const py::kwargs& kwargs) {
   p.gate = args.array<std::uint8_t>("gate", any);
   p.threshold = args.array<double>("threshold", true);
   p.mean_uncertainty = args.array<double>("mean_uncertainty", true);
+  return p;
+}
+
+void shape_rewards(const py::kwargs& kwargs) {
+  const gardo::ShapeRewardsParams p = shape_rewards_params(Args(kwargs));
   const py::gil_scoped_release released;
   gardo::shape_rewards_cpu(p);
 }
+
+#ifdef GARDO_WITH_CUDA
+void shape_rewards_cuda(const py::kwargs& kwargs) {
+  const Args args(kwargs);
+  gardo::ShapeRewardsCudaParams p{};
+  p.common = shape_rewards_params(args);
+  p.device_fraction = args.array<const double>("device_fraction", false);
+  p.workspace = args.array<void>("workspace", true);
+  p.workspace_size = args.value<int64_t>("workspace_size");
+  p.stream = args.array<void>("stream", false);  // 0 is the default stream
+  const py::gil_scoped_release released;
+  gardo::shape_rewards_cuda(p);
+}
+#endif
 
 void win_rate(const py::kwargs& kwargs) {
   const Args args(kwargs);
@@ -306,6 +324,14 @@ void nft_backward(const py::kwargs& kwargs) {
   gardo::nft_backward_cpu(p);
 }
 
+bool has_cuda() {
+#ifdef GARDO_WITH_CUDA
+  return true;
+#else
+  return false;
+#endif
+}
+
 bool has_openmp() {
 #ifdef _OPENMP
   return true;
@@ -319,7 +345,12 @@ bool has_openmp() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The torch-free C++ core of gardo_kernels; use it through gardo_kernels._native.";
   m.attr("has_openmp") = has_openmp();
+  m.attr("has_cuda") = has_cuda();
   m.def("shape_rewards", &shape_rewards);
+#ifdef GARDO_WITH_CUDA
+  m.def("shape_rewards_cuda", &shape_rewards_cuda);
+  m.def("shape_rewards_cuda_workspace", &gardo::shape_rewards_cuda_workspace);
+#endif
   m.def("win_rate", &win_rate);
   m.def("nearest_neighbor", &nearest_neighbor);
   m.def("sde_step", &sde_step);

@@ -13,12 +13,13 @@ namespace {
 
 using std::int64_t;
 
-// A sample takes part when its proxy and all its auxiliary rewards are numbers.
+// A sample takes part when all its values are finite numbers.
 std::vector<std::uint8_t> valid_samples(const ShapeRewardsParams& p) {
   std::vector<std::uint8_t> valid(p.num_samples);
   for (int64_t i = 0; i < p.num_samples; ++i) {
-    bool ok = !std::isnan(p.proxy[i]);
-    for (int64_t k = 0; k < p.num_aux && ok; ++k) ok = !std::isnan(p.aux[k * p.num_samples + i]);
+    bool ok = std::isfinite(p.proxy[i]);
+    for (int64_t k = 0; k < p.num_aux && ok; ++k) ok = std::isfinite(p.aux[k * p.num_samples + i]);
+    ok = ok && (p.distance == nullptr || std::isfinite(p.distance[i]));
     valid[i] = ok;
   }
   return valid;

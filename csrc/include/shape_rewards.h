@@ -11,7 +11,7 @@ enum class RankScope : int { kBatch = 0, kGroup = 1 };
 
 // All pointers are contiguous. N samples, K auxiliary rewards.
 struct ShapeRewardsParams {
-  const double* proxy;         // [N]; NaN: the reward is missing
+  const double* proxy;         // [N]; a sample with a non-finite value anywhere takes no part
   const double* aux;           // [K, N]
   const std::int64_t* groups;  // [N], any values in any order
   const double* distance;      // [N] or null: no diversity factor
@@ -32,5 +32,23 @@ struct ShapeRewardsParams {
 
 // Throws std::bad_alloc when there is no memory for its O(N * (K + 4)) of workspace.
 void shape_rewards_cpu(const ShapeRewardsParams& params);
+
+// On a GPU: all pointers are device memory, work is enqueued on `stream` (a cudaStream_t) of the
+// current device, nothing waits for the host, and the calls can be captured in a CUDA graph.
+struct ShapeRewardsCudaParams {
+  ShapeRewardsParams common;      // its `fraction` is used where `device_fraction` is null
+  const double* device_fraction;  // [1], so that a captured graph can be replayed with another
+  void* workspace;                // shape_rewards_cuda_workspace(N, K) bytes, 256-byte aligned
+  std::int64_t workspace_size;
+  void* stream;
+};
+
+std::int64_t shape_rewards_cuda_workspace(std::int64_t num_samples, std::int64_t num_aux);
+
+// One launch up to kOneLaunchSamples samples, sorting above. Throws std::runtime_error with CUDA's
+// message when a launch fails, std::invalid_argument for a workspace that is too small.
+constexpr std::int64_t kOneLaunchSamples = 4096;
+constexpr std::int64_t kOneLaunchAux = 16;
+void shape_rewards_cuda(const ShapeRewardsCudaParams& params);
 
 }  // namespace gardo

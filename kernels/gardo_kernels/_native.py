@@ -3,7 +3,8 @@
 The core knows neither torch nor Python objects: it takes addresses and sizes. The ``_native_*``
 modules are the only ones that pass them.
 
-Latents are contiguous CPU tensors ``[B, ...]`` of the same shape, each float32, float16 or bfloat16
+Tensors are on the CPU, but for ``shape_rewards``, which also takes CUDA tensors. Latents are
+contiguous tensors ``[B, ...]`` of the same shape, each float32, float16 or bfloat16
 on its own. Row scalars (``a``, ``b``, ...) are float32, 0-d or ``[B]``. Nothing here is
 differentiable: the gradients are functions of their own. Every function raises ``TypeError`` for a
 wrong dtype, ``ValueError`` for a wrong shape, device or layout, and ``RuntimeError`` without the
@@ -12,6 +13,8 @@ core. Results do not depend on the number of threads, nor on the other rows of t
 
 from gardo_kernels._native_core import (
     LATENT_DTYPES,
+    cuda_unavailable_reason,
+    has_cuda,
     has_openmp,
     is_available,
     unavailable_reason,
@@ -41,7 +44,9 @@ __all__ = [
     "NativeShapedRewards",
     "NativeStep",
     "affine_backward",
+    "cuda_unavailable_reason",
     "grpo_loss",
+    "has_cuda",
     "has_openmp",
     "is_available",
     "nearest_neighbor_distance",

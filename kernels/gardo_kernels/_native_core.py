@@ -13,6 +13,7 @@ import torch  # first: the core then shares torch's OpenMP runtime instead of lo
 from torch import Tensor
 
 _MODULE = "gardo_kernels._C"
+_CPU = torch.device("cpu")
 #: dtypes of latents that the core reads, in the order of its codes; it computes in float32
 LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,6 +50,20 @@ def has_openmp() -> bool:
     return _core is not None and bool(_core.has_openmp)
 
 
+def has_cuda() -> bool:
+    """Whether the core is loaded and was built with its CUDA part."""
+    return _core is not None and bool(_core.has_cuda)
+
+
+def cuda_unavailable_reason() -> str | None:
+    """Why the core cannot work on CUDA tensors; None when it can."""
+    if _core is None:
+        return _reason
+    if not _core.has_cuda:
+        return "the C++ core was built without CUDA (nvcc was not found, or GARDO_CUDA=off)"
+    return None
+
+
 def require_core() -> ModuleType:
     """The compiled core; ``RuntimeError`` with the reason where there is none."""
     if _core is None:
@@ -56,9 +71,12 @@ def require_core() -> ModuleType:
     return _core
 
 
-def _readable(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name}: expected a CPU tensor, got device {tensor.device}")
+def _readable(
+    name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device = _CPU
+) -> Tensor:
+    if tensor.device != device:
+        expected = "a CPU tensor" if device == _CPU else f"device {device}"
+        raise ValueError(f"{name}: expected {expected}, got device {tensor.device}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if not tensor.is_contiguous():
@@ -66,13 +84,19 @@ def _readable(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor
 
 
-def array(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Address of a contiguous CPU array of exactly this dtype and shape; 0 for None."""
+def array(
+    name: str,
+    tensor: Tensor | None,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    device: torch.device = _CPU,
+) -> int:
+    """Address of a contiguous array of exactly this dtype, shape and device; 0 for None."""
     if tensor is None:
         return 0
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
-    return _readable(name, tensor, shape).data_ptr()
+    return _readable(name, tensor, shape, device).data_ptr()
 
 
 def latents(name: str, tensor: Tensor | None, like: Tensor) -> tuple[int, int]:

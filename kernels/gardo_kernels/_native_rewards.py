@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gardo_kernels._native_core import array, choice, float32, latents, require_core
+from gardo_kernels._native_core import (
+    array,
+    choice,
+    cuda_unavailable_reason,
+    float32,
+    latents,
+    require_core,
+)
 
 ADVANTAGE_NORMS = ("none", "group_std", "global_std")
 GATE_MODES = ("paper", "official", "all", "off")
@@ -29,52 +37,81 @@ def shape_rewards(
     aux: Tensor,
     group_ids: Tensor,
     distance: Tensor | None = None,
-    fraction: float = 0.1,
+    fraction: float | Tensor = 0.1,
     advantage_norm: str = "none",
     gate: str = "paper",
     scope: str = "batch",
 ) -> NativeShapedRewards:
-    """Advantages, win-rate uncertainties and gate of N samples, in O(K N log N).
+    """Advantages, win-rate uncertainties and gate of N samples, on the device of ``proxy``.
 
     ``proxy`` ``[N]``, ``aux`` ``[K, N]`` and ``distance`` ``[N]`` are float64, ``group_ids`` is
-    ``[N]`` int64. A sample with NaN in ``proxy`` or ``aux`` takes no part: advantage 0, uncertainty
+    ``[N]`` int64. A sample with a value that is not finite takes no part: advantage 0, uncertainty
     0, not gated, left out of every mean and ranking. The arguments mean what they mean to
     :func:`gardo_kernels.shape_rewards`.
+
+    On a GPU (``RuntimeError`` where the core was built without CUDA) the work is enqueued on the
+    current stream and can be captured in a CUDA graph: one kernel up to 4096 samples and 16
+    auxiliaries, sorting above. There ``fraction`` may be a 0-d float64 tensor on the device.
     """
     core = require_core()
+    device = proxy.device
     if proxy.dim() != 1:
         raise ValueError(f"proxy: expected shape [N], got {list(proxy.shape)}")
     if aux.dim() != 2:
         raise ValueError(f"aux: expected shape [K, N], got {list(aux.shape)}")
-    if not 0.0 <= fraction <= 1.0:
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"proxy: expected a CPU or CUDA tensor, got device {device}")
+    if isinstance(fraction, Tensor) and device.type == "cpu":
+        fraction = float(fraction)
+    if not isinstance(fraction, Tensor) and not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction: expected a number in [0, 1], got {fraction}")
     samples, num_aux = proxy.shape[0], aux.shape[0]
     result = NativeShapedRewards(
-        torch.empty(samples, dtype=torch.float64),
-        torch.empty(samples, dtype=torch.float64),
-        torch.empty(samples, dtype=torch.bool),
-        torch.empty((), dtype=torch.float64),
-        torch.empty((), dtype=torch.float64),
+        torch.empty(samples, dtype=torch.float64, device=device),
+        torch.empty(samples, dtype=torch.float64, device=device),
+        torch.empty(samples, dtype=torch.bool, device=device),
+        torch.empty((), dtype=torch.float64, device=device),
+        torch.empty((), dtype=torch.float64, device=device),
     )
-    core.shape_rewards(
-        proxy=array("proxy", proxy, torch.float64, (samples,)),
-        aux=array("aux", aux, torch.float64, (num_aux, samples)),
-        group_ids=array("group_ids", group_ids, torch.int64, (samples,)),
-        distance=array("distance", distance, torch.float64, (samples,)),
-        num_samples=samples,
-        num_aux=num_aux,
-        fraction=fraction,
-        advantage_norm=choice("advantage_norm", advantage_norm, ADVANTAGE_NORMS),
-        gate_mode=choice("gate", gate, GATE_MODES),
-        scope=choice("scope", scope, SCOPES),
-        num_threads=torch.get_num_threads(),
-        advantage=result.advantage.data_ptr(),
-        uncertainty=result.uncertainty.data_ptr(),
-        gate=result.gate.data_ptr(),
-        threshold=result.threshold.data_ptr(),
-        mean_uncertainty=result.mean_uncertainty.data_ptr(),
-    )
+    arguments: dict[str, Any] = {
+        "proxy": array("proxy", proxy, torch.float64, (samples,), device),
+        "aux": array("aux", aux, torch.float64, (num_aux, samples), device),
+        "group_ids": array("group_ids", group_ids, torch.int64, (samples,), device),
+        "distance": array("distance", distance, torch.float64, (samples,), device),
+        "num_samples": samples,
+        "num_aux": num_aux,
+        "fraction": 0.0 if isinstance(fraction, Tensor) else fraction,
+        "advantage_norm": choice("advantage_norm", advantage_norm, ADVANTAGE_NORMS),
+        "gate_mode": choice("gate", gate, GATE_MODES),
+        "scope": choice("scope", scope, SCOPES),
+        "num_threads": torch.get_num_threads(),
+        **{name: value.data_ptr() for name, value in result._asdict().items()},
+    }
+    if device.type == "cpu":
+        core.shape_rewards(**arguments)
+    else:
+        _shape_rewards_cuda(core, arguments, fraction, device)
     return result
+
+
+def _shape_rewards_cuda(
+    core: ModuleType, arguments: dict[str, Any], fraction: float | Tensor, device: torch.device
+) -> None:
+    reason = cuda_unavailable_reason()
+    if reason is not None:
+        raise RuntimeError(f"backend 'native' is not available on {device}: {reason}")
+    held = fraction.reshape(()) if isinstance(fraction, Tensor) else None
+    with torch.cuda.device(device):
+        size = core.shape_rewards_cuda_workspace(arguments["num_samples"], arguments["num_aux"])
+        # Freed on return: PyTorch's allocator hands it out again in the order of the stream.
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        core.shape_rewards_cuda(
+            **arguments,
+            device_fraction=array("fraction", held, torch.float64, (), device),
+            workspace=workspace.data_ptr(),
+            workspace_size=size,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+        )
 
 
 def win_rate(rewards: Tensor, group_ids: Tensor | None = None) -> Tensor:

@@ -1,0 +1,77 @@
+"""The CUDA `shape_rewards` against the reference. Without a GPU its logic is tested by running the
+kernels on a CPU: `make asan` (csrc/tests/cuda_emulation.cpp)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from gardo_kernels import _native
+from gardo_kernels.ops.shape_rewards import reference
+
+NORMS = ("none", "group_std", "global_std")
+GATES = ("paper", "official", "all", "off")
+SCOPES = ("batch", "group")
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if not _native.has_cuda():
+        pytest.skip(f"native CUDA: {_native.cuda_unavailable_reason()}")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def case(samples: int, num_aux: int, device: torch.device) -> tuple[Tensor, ...]:
+    rng = torch.Generator().manual_seed(samples)
+    rewards = (torch.randn(num_aux + 1, samples, generator=rng).double() * 50).round()
+    rewards[torch.rand(rewards.shape, generator=rng) < 0.02] = torch.nan
+    ids = torch.randint(-20, 20, (samples,), generator=rng) * (1 << 40)
+    distance = torch.rand(samples, generator=rng).double()
+    moved = (rewards[0], rewards[1:], ids, distance)
+    return tuple(value.to(device).contiguous() for value in moved)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("samples", [0, 1, 33, 1152, 4096, 4097, 9216, 1_000_000])
+@pytest.mark.parametrize("num_aux", [0, 2, 17])
+def test_matches_the_reference(cuda: torch.device, samples: int, num_aux: int) -> None:
+    proxy, aux, ids, distance = case(samples, num_aux, cuda)
+    combinations = list(itertools.product(NORMS, GATES, SCOPES))
+    for norm, gate, scope in combinations if samples < 10_000 else combinations[:3]:
+        arguments = (proxy, aux, ids, distance, 0.1, norm, gate, scope)
+        got = _native.shape_rewards(*arguments)
+        again = _native.shape_rewards(*arguments)
+        want = reference.shape_rewards(*arguments)
+        for value, repeated, expected in zip(got, again, want, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
+            assert torch.equal(value, repeated)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("samples", [1152, 9216])
+def test_captured_in_a_graph(cuda: torch.device, samples: int) -> None:
+    proxy, aux, ids, distance = case(samples, 2, cuda)
+    fraction = torch.tensor(0.1, dtype=torch.float64, device=cuda)
+    _native.shape_rewards(proxy, aux, ids, distance, fraction)  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = _native.shape_rewards(proxy, aux, ids, distance, fraction)
+    proxy.copy_(proxy.roll(1))
+    fraction.fill_(0.2)
+    graph.replay()
+    want = _native.shape_rewards(proxy, aux, ids, distance, 0.2)
+    for value, expected in zip(captured, want, strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_other_devices_are_refused() -> None:
+    if not _native.is_available():
+        pytest.skip(f"C++ core: {_native.unavailable_reason()}")
+    proxy, aux, ids, _ = case(4, 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="proxy: expected a CPU or CUDA tensor, got device meta"):
+        _native.shape_rewards(proxy.to("meta"), aux, ids)
