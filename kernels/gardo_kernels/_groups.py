@@ -1,4 +1,4 @@
-"""Reductions over groups given by arbitrary int64 ids, deterministic on every device."""
+"""Reductions over groups given by arbitrary int64 ids: deterministic, without waiting for a GPU."""
 
 from __future__ import annotations
 
@@ -9,30 +9,40 @@ from torch import Tensor
 
 
 class Groups(NamedTuple):
-    """Samples sorted by group: ``order`` [N], the group of each sample [N], group sizes [G]."""
+    """``N`` samples sorted by group.
+
+    ``order`` sorts them; ``member`` is the group of each sample, numbered from 0; ``sizes`` has
+    ``N`` entries, zero beyond the last group, because the number of groups is only known on the
+    device.
+    """
 
     order: Tensor
     member: Tensor
     sizes: Tensor
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum per group, ``[G]``.
+        """Sum over the group of each sample, ``[N]``.
 
-        A segmented reduction over sorted values: unlike scatter-add it has a fixed order on CUDA.
+        A segmented reduction of sorted values has a fixed order on CUDA, unlike scatter-add.
         """
         if values.numel() == 0:
-            return values.new_zeros(self.sizes.shape)
-        return torch.segment_reduce(values[self.order], "sum", lengths=self.sizes)
+            return torch.zeros_like(values)
+        # "unsafe" leaves out a check of `sizes` that would wait for the device.
+        total = torch.segment_reduce(values[self.order], "sum", lengths=self.sizes, unsafe=True)
+        return total[self.member]
 
     def mean(self, values: Tensor, valid: Tensor) -> Tensor:
-        """Mean per group over the valid samples, given back per sample ``[N]``; 0 if none."""
+        """Mean over the valid samples of the group of each sample, ``[N]``; 0 if there is none."""
         total = self.sum(torch.where(valid, values, torch.zeros_like(values)))
-        count = self.sum(valid.to(values.dtype)).clamp(min=1)
-        return (total / count)[self.member]
+        return total / self.sum(valid.to(values.dtype)).clamp(min=1)
 
 
 def group(ids: Tensor) -> Groups:
     """Sort samples by group id."""
-    order = torch.argsort(ids, stable=True)
-    _, member, sizes = torch.unique(ids, return_inverse=True, return_counts=True)
+    ordered, order = torch.sort(ids, stable=True)
+    is_new = torch.ones_like(ordered)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    number = is_new.cumsum(0) - 1
+    member = torch.empty_like(number).scatter_(0, order, number)
+    sizes = torch.zeros_like(number).scatter_add_(0, number, torch.ones_like(number))
     return Groups(order, member, sizes)

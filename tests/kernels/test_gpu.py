@@ -90,7 +90,10 @@ def test_no_op_waits_for_the_device(latents):
         )
         out.loss.backward()
         gk.nft_loss(v, u, x, step.prev_sample, row, row, ref_velocity=u, kl_coef=0.1)
-        gk.nearest_neighbor_distance(features, ids)
+        distance = gk.nearest_neighbor_distance(features, ids)
+        gk.shape_rewards(row, features[:, :2].T, ids, distance, advantage_norm="global_std")
+        gk.shape_rewards(row, features[:, :2].T, ids, gate="official", scope="group")
+        gk.win_rate(features.T, ids)
 
     everything()
     torch.cuda.set_sync_debug_mode("error")

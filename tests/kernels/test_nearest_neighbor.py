@@ -97,6 +97,24 @@ def test_empty():
     assert distance.shape == (0,)
 
 
+@pytest.mark.skipif(not HAS_FAISS, reason="faiss is not installed")
+def test_faiss_takes_over_at_large_groups(rng, monkeypatch):
+    from gardo_kernels.ops.nearest_neighbor import faiss
+
+    called = []
+    run = faiss.nearest_neighbor_distance
+    monkeypatch.setattr(
+        faiss, "nearest_neighbor_distance", lambda f, i: called.append(len(f)) or run(f, i)
+    )
+    features = torch.randn(1100, 4, generator=rng)
+    for groups in (2, 1):
+        ids = torch.arange(1100) % groups
+        actual = gk.nearest_neighbor_distance(features, ids)
+        expected = gk.nearest_neighbor_distance(features, ids, backend="reference")
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    assert called == [1100]
+
+
 @pytest.mark.skipif(HAS_FAISS, reason="faiss is installed")
 def test_missing_faiss_is_refused_by_name():
     with pytest.raises(gk.BackendUnavailable, match="faiss-cpu, or faiss-gpu"):

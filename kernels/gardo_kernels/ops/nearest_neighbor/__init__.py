@@ -20,8 +20,22 @@ BACKENDS: dict[str, _backends.Availability] = {
 }
 
 
+# On the CPU faiss, where it is installed, overtakes the native kernel at large groups
+# (benchmarks/test_shaping.py); the sizes are read inside the operator.
+_BY_GROUP_SIZE = "native or faiss"
+_FAISS_FROM = 1024
+
+
+def _largest_group(group_ids: Tensor) -> int:
+    if len(group_ids) < _FAISS_FROM:
+        return len(group_ids)
+    return int(group_ids.unique(return_counts=True)[1].max())
+
+
 @torch.library.custom_op("gardo::nearest_neighbor_distance", mutates_args=())
 def _distance(features: Tensor, group_ids: Tensor, backend: str) -> Tensor:
+    if backend == _BY_GROUP_SIZE:
+        backend = "faiss" if _largest_group(group_ids) >= _FAISS_FROM else "native"
     run = kernels("nearest_neighbor", backend)
     return run.nearest_neighbor_distance(features, group_ids).to(_checks.compute_dtype(features))
 
@@ -60,4 +74,7 @@ def nearest_neighbor_distance(
     chosen = _backends.select(
         "nearest_neighbor_distance", backend, features.device, dtype, BACKENDS
     )
+    faiss_can_run = faiss.unavailable(features.device, dtype) is None
+    if backend is None and chosen == "native" and faiss_can_run:
+        chosen = _BY_GROUP_SIZE
     return _distance(features.detach(), group_ids, chosen)

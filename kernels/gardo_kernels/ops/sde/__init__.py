@@ -170,4 +170,4 @@ def _seed_tensor(seed: Any, device: torch.device) -> Tensor:
         raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)  # no copy from the host

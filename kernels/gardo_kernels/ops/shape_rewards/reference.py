@@ -110,6 +110,8 @@ def _threshold(
     position = (1 - fraction) * last.to(torch.float64)
     lower = position.floor().to(torch.int64)
     upper = torch.minimum(lower + 1, last)
-    quantile = torch.lerp(ordered[lower], ordered[upper], position - lower)
+    # Indexing by a 0-d tensor would read it on the host.
+    around = ordered.gather(0, torch.stack([lower, upper]))
+    quantile = torch.lerp(around[0], around[1], position - lower)
     mean = torch.where(eligible, uncertainty, 0.0).sum() / count.clamp(min=1)
     return torch.where(count > 0, quantile, zero), mean
