@@ -1,5 +1,6 @@
 PYTHON ?= python
 BUILD := build
+CPP_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help install test lint format bench test-gpu bench-gpu aot asan clean
 
@@ -17,12 +18,12 @@ lint:  ## what CI checks without running anything
 	ruff format --check .
 	mypy
 	lint-imports
-	clang-format --dry-run -Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	clang-format --dry-run -Werror $(CPP_SOURCES)
 
 format:  ## formats Python and C++ in place
 	ruff check --fix .
 	ruff format .
-	clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	clang-format -i $(CPP_SOURCES)
 
 bench:  ## benchmarks on this machine
 	$(PYTHON) -m pytest benchmarks --benchmark-only
