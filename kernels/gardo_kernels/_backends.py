@@ -46,6 +46,13 @@ def native_cpu_any_dtype(device: torch.device, dtype: torch.dtype) -> str | None
     return native_cpu(device, torch.float32)
 
 
+def native_any_device(device: torch.device, dtype: torch.dtype) -> str | None:
+    """As :func:`native_cpu_any_dtype`, for the ops with a CUDA form in the core."""
+    if device.type == "cuda":
+        return _native.cuda_unavailable_reason()
+    return native_cpu_any_dtype(device, dtype)
+
+
 def triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Availability of Triton: on CUDA, or on the CPU under its interpreter (for tests)."""
     if not _HAS_TRITON:

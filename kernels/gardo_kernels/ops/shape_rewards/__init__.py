@@ -29,7 +29,7 @@ class ShapedRewards(NamedTuple):
 
 #: Backends by name, best first.
 BACKENDS: dict[str, _backends.Availability] = {
-    "native": _backends.native_cpu_any_dtype,
+    "native": _backends.native_any_device,
     "reference": _backends.always,
 }
 
@@ -48,16 +48,16 @@ def _shape_rewards(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = (advantage_norm, gate, scope)
+    share = fraction if fraction_tensor is None else fraction_tensor.to(torch.float64)
     if backend == "native":
         return _native.shape_rewards(
             proxy.contiguous(),
             aux.contiguous(),
             group_ids.contiguous(),
             None if distance is None else distance.contiguous(),
-            fraction if fraction_tensor is None else float(fraction_tensor),
+            share,
             *options,
         )
-    share = fraction if fraction_tensor is None else fraction_tensor
     return reference.shape_rewards(proxy, aux, group_ids, distance, share, *options)
 
 
@@ -123,10 +123,6 @@ def shape_rewards(
 
     proxy64, aux64 = proxy.detach().to(torch.float64), aux.detach().to(torch.float64)
     distance64 = None if distance is None else distance.detach().to(torch.float64)
-    usable = proxy64.isfinite() & aux64.isfinite().all(0)
-    if distance64 is not None:
-        usable &= distance64.isfinite()
-    proxy64 = proxy64.masked_fill(~usable, torch.nan)
     number, tensor = (0.0, fraction) if isinstance(fraction, Tensor) else (fraction, None)
     advantage, uncertainty, mask, threshold, mean = _shape_rewards(
         proxy64, aux64, group_ids, distance64, number, tensor, advantage_norm, gate, scope, chosen

@@ -23,9 +23,11 @@ def shape_rewards(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``advantage, uncertainty, gate, threshold, mean_uncertainty``.
 
-    Samples with NaN in ``proxy`` or ``aux`` take no part: advantage 0, uncertainty 0, not gated.
+    Samples with a value that is not finite take no part: advantage 0, uncertainty 0, not gated.
     """
-    valid = ~(torch.isnan(proxy) | torch.isnan(aux).any(0))
+    valid = proxy.isfinite() & aux.isfinite().all(0)
+    if distance is not None:
+        valid &= distance.isfinite()
     advantage = _advantage(proxy, group_ids, distance, valid, advantage_norm)
     ids = group_ids if scope == "group" else None
     uncertainty = _uncertainty(proxy, aux, ids, valid, official=gate == "official")
@@ -105,8 +107,6 @@ def _threshold(
     count = eligible.sum()
     ordered = torch.where(eligible, uncertainty, torch.inf).sort().values
     last = (count - 1).clamp(min=0)
-    if isinstance(fraction, Tensor):
-        fraction = fraction.to(torch.float64)
     position = (1 - fraction) * last.to(torch.float64)
     lower = position.floor().to(torch.int64)
     upper = torch.minimum(lower + 1, last)
