@@ -7,6 +7,7 @@ accelerator, because that would stall the stream in the middle of a training loo
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -92,8 +93,10 @@ def number(
     high: float = math.inf,
     exclusive_low: bool = False,
 ) -> float:
-    """Require a finite Python number in ``[low, high]`` (``(low, high]`` if ``exclusive_low``)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Require a finite number in ``[low, high]`` (``(low, high]`` if ``exclusive_low``)."""
+    # int and float first: torch.compile cannot trace the abstract class, which admits numpy's.
+    is_number = isinstance(value, (int, float)) or isinstance(value, numbers.Real)
+    if isinstance(value, bool) or not is_number:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not math.isfinite(value) or value > high or value < low or (exclusive_low and value == low):
         bracket = "(" if exclusive_low else "["

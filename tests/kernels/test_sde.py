@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -235,6 +236,38 @@ def test_default_generator_makes_unseeded_steps_reproducible():
     torch.manual_seed(5)
     assert torch.equal(gk.sde_step(x, x, coef).prev_sample, first)
     assert not torch.equal(first, second)
+
+
+def test_numpy_numbers_are_numbers():
+    coef = gk.sde_coefficients(np.float32(0.5), np.float64(0.25), np.float32(0.5))
+    assert float(coef.b) == float(gk.sde_coefficients(0.5, 0.25, 0.5).b)
+    x = torch.zeros(1, 4)
+    assert torch.equal(
+        gk.sde_step(x, x, coef, seed=np.int64(3)).prev_sample,
+        gk.sde_step(x, x, coef, seed=3).prev_sample,
+    )
+
+
+def test_concurrent_calls_from_threads(rng):
+    coef = gk.sde_coefficients(0.6, 0.5)
+    ids = torch.arange(96) % 4
+
+    def work(seed):
+        g = torch.Generator().manual_seed(seed)
+        x, rewards = torch.randn(3, 5000, generator=g), torch.randn(3, 96, generator=g)
+        v = x.clone().requires_grad_()
+        step = gk.sde_step(x, x, coef, seed=seed)
+        out = gk.grpo_loss(v, x, step.prev_sample, step.log_prob, rewards[0, :3], coef)
+        (grad,) = torch.autograd.grad(out.loss, v)
+        shaped = gk.shape_rewards(rewards[0], rewards[1:], ids)
+        distance = gk.nearest_neighbor_distance(rewards.T.contiguous(), ids)
+        return (*step, out.loss.detach(), grad, *shaped, distance)
+
+    serial = [work(seed) for seed in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        for alone, together in zip(serial, pool.map(work, range(12)), strict=True):
+            for a, b in zip(alone, together, strict=True):
+                assert torch.equal(a, b)
 
 
 X = torch.zeros(2, 3)
