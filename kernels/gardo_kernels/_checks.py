@@ -94,9 +94,7 @@ def number(
     exclusive_low: bool = False,
 ) -> float:
     """Require a finite number in ``[low, high]`` (``(low, high]`` if ``exclusive_low``)."""
-    # int and float first: torch.compile cannot trace the abstract class, which admits numpy's.
-    is_number = isinstance(value, (int, float)) or isinstance(value, numbers.Real)
-    if isinstance(value, bool) or not is_number:
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not math.isfinite(value) or value > high or value < low or (exclusive_low and value == low):
         bracket = "(" if exclusive_low else "["

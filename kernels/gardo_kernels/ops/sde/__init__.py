@@ -167,8 +167,7 @@ def _seed_tensor(seed: Any, device: torch.device) -> Tensor:
         if seed.numel() != 1:
             raise ValueError(f"seed: expected one element, got shape {list(seed.shape)}")
         return _checks.same_device("seed", seed, device)
-    is_integer = isinstance(seed, int) or isinstance(seed, numbers.Integral)
-    if isinstance(seed, bool) or not is_integer:
+    if isinstance(seed, bool) or not isinstance(seed, (int, numbers.Integral)):
         raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
