@@ -96,12 +96,14 @@ def number(
     """Require a finite number in ``[low, high]`` (``(low, high]`` if ``exclusive_low``)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value) or value > high or value < low or (exclusive_low and value == low):
+    number = float(value)
+    inside = low < number <= high if exclusive_low else low <= number <= high
+    if not (math.isfinite(number) and inside):
         bracket = "(" if exclusive_low else "["
         raise ValueError(
             f"{name}: expected a finite number in {bracket}{low}, {high}], got {value}"
         )
-    return float(value)
+    return number
 
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:

@@ -169,6 +169,7 @@ def _seed_tensor(seed: Any, device: torch.device) -> Tensor:
         return _checks.same_device("seed", seed, device)
     if isinstance(seed, bool) or not isinstance(seed, (int, numbers.Integral)):
         raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected a 64-bit integer, got {seed}")
-    return torch.full((1,), seed, dtype=torch.int64, device=device)  # no copy from the host
+    value = int(seed)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"seed: expected a 64-bit integer, got {value}")
+    return torch.full((1,), value, dtype=torch.int64, device=device)  # no copy from the host
