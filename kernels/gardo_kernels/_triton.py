@@ -28,7 +28,10 @@ _TILES = 4
 _TILES_LONG = 16
 _LONG_ROW = 1 << 20
 _MAX_WIDTH = 64
-FINAL_ROWS = 8
+# The last pass of a loss is one program: rows per step of its loop, and its warps. Chosen so that
+# no architecture spills (see aot).
+FINAL_ROWS = 16
+FINAL_WARPS = 8
 
 
 class Tiling(NamedTuple):

@@ -69,6 +69,8 @@ def _finish_kernel(
             kl_sum += tl.where(counted, weight * square, 0.0)
             beta = kl_coef * weight * (2.0 * inverse_n) / kl_rows
             tl.store(beta_ptr + rows, tl.where(counted, beta, 0.0), mask=inside)
+        else:
+            tl.store(beta_ptr + rows, tl.zeros_like(alpha), mask=inside)
     policy_loss = tl.sum(policy_sum, axis=0) / rows_in_batch
     kl = tl.sum(kl_sum, axis=0) / kl_rows
     tl.store(loss_ptr, policy_loss + kl_coef * kl)
@@ -101,8 +103,9 @@ def grpo_loss(
     """``loss, stats [3] (policy_loss, kl, clip_fraction), log_prob, ratio, alpha, beta``."""
     batch, device = velocity.shape[0], velocity.device
     shapes: list[tuple[int, ...]] = [(), (3,), (batch,), (batch,), (batch,), (batch,)]
+    new = torch.zeros if batch == 0 else torch.empty
     loss, stats, log_prob, ratio, alpha, beta = (
-        torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes
+        new(shape, dtype=torch.float32, device=device) for shape in shapes
     )
     if batch == 0:
         return loss, stats, log_prob, ratio, alpha, beta
@@ -129,5 +132,6 @@ def grpo_loss(
         PER_GATED=kl_reduction == "gated",
         ROWS=common.FINAL_ROWS,
         WIDTH=cut.width,
+        num_warps=common.FINAL_WARPS,
     )
     return loss, stats, log_prob, ratio, alpha, beta

@@ -121,6 +121,8 @@ def _finish_kernel(
             kl_sum += tl.where(counted, square, 0.0)
             kl_weight = kl_coef * 2.0 * inverse_n / kl_rows
             tl.store(weights_ptr + 2 * batch + rows, tl.where(counted, kl_weight, 0.0), mask=inside)
+        else:
+            tl.store(weights_ptr + 2 * batch + rows, tl.zeros_like(policy), mask=inside)
     policy_loss = tl.sum(policy_sum, axis=0) / rows_in_batch
     kl = tl.sum(kl_sum, axis=0) / kl_rows
     tl.store(loss_ptr, policy_loss + kl_coef * kl)
@@ -182,9 +184,10 @@ def nft_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``loss``, ``stats [2]`` (policy_loss, kl), ``weights [3, B]`` of the gradient."""
     batch, device = velocity.shape[0], velocity.device
-    loss = torch.zeros((), dtype=torch.float32, device=device)
-    stats = torch.zeros(2, dtype=torch.float32, device=device)
-    weights = torch.zeros(3, batch, dtype=torch.float32, device=device)
+    new = torch.zeros if batch == 0 else torch.empty
+    loss, stats, weights = (
+        new(shape, dtype=torch.float32, device=device) for shape in ((), (2,), (3, batch))
+    )
     if batch == 0:
         return loss, stats, weights
     cut = common.tiling(common.row_length(velocity))
@@ -215,6 +218,7 @@ def nft_loss(
         HAS_GATE=gate is not None,
         ROWS=common.FINAL_ROWS,
         WIDTH=cut.width,
+        num_warps=common.FINAL_WARPS,
     )
     return loss, stats, weights
 
