@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gardo_kernels._operators import below_autograd, differentiable_operator, kernels
 from gardo_kernels.ops.sde.coefficients import SDECoefficients
-from gardo_kernels.ops.sde.fused import kernels, velocity_grad
+from gardo_kernels.ops.sde.fused import velocity_grad
 
 
-@torch.library.custom_op("gardo::grpo_loss", mutates_args=())
-def _grpo_loss(
+def _kernel(
     velocity: Tensor,
     sample: Tensor,
     prev_sample: Tensor,
@@ -57,8 +57,7 @@ def _grpo_loss(
     )
 
 
-@_grpo_loss.register_fake
-def _(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     def empty(*shape: int) -> Tensor:
         return velocity.new_empty(shape, dtype=torch.float32)
 
@@ -66,37 +65,29 @@ def _(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
     return empty(), empty(3), empty(batch), empty(batch), empty(batch), empty(batch)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    velocity, sample, prev, _, _, a, b, *_, ref, _, _, uncond, guidance_scale, backend = inputs
-    *_, alpha, beta = output
-    ctx.save_for_backward(velocity, sample, prev, a, b, alpha, beta, ref, uncond)
-    ctx.guidance_scale, ctx.backend = guidance_scale, backend
-    ctx.set_materialize_grads(False)
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        velocity, sample, prev, _, _, a, b, *_, ref, _, _, uncond, scale, backend = args
+        loss, *rest = below_autograd(_grpo_loss, *args)
+        *_, alpha, beta = rest
+        ctx.save_for_backward(velocity, sample, prev, a, b, alpha, beta, ref, uncond)
+        ctx.guidance_scale, ctx.backend = scale, backend
+        ctx.mark_non_differentiable(*rest)
+        return loss, *rest
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        velocity, sample, prev, a, b, alpha, beta, ref, uncond = ctx.saved_tensors
+        beta = None if ref is None else beta
+        options = (uncond, ctx.guidance_scale, ctx.backend)
+        by_velocity, by_uncond = velocity_grad(
+            grad, velocity, sample, prev, a, b, alpha, beta, ref, *options
+        )
+        return by_velocity, *(None,) * 16, None if uncond is None else by_uncond, None, None
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    velocity, sample, prev, a, b, alpha, beta, ref, uncond = ctx.saved_tensors
-    if grad is None:
-        return (None,) * 20
-    by_velocity, by_uncond = velocity_grad(
-        grad,
-        velocity,
-        sample,
-        prev,
-        a,
-        b,
-        alpha,
-        None if ref is None else beta,
-        ref,
-        uncond,
-        ctx.guidance_scale,
-        ctx.backend,
-    )
-    none = (None,) * 16
-    return by_velocity, *none, None if uncond is None else by_uncond, None, None
-
-
-_grpo_loss.register_autograd(_backward, setup_context=_setup)
+_grpo_loss = differentiable_operator("grpo_loss", _kernel, _fake, _Loss)
 
 
 def grpo_loss(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from gardo_kernels import _backends, _checks
+from gardo_kernels._operators import kernels
 from gardo_kernels.ops.nearest_neighbor import faiss
-from gardo_kernels.ops.sde.fused import kernels
 
 __all__ = ["nearest_neighbor_distance"]
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gardo_kernels.ops.sde.fused import kernels
+from gardo_kernels._operators import below_autograd, differentiable_operator, kernels
 
 
-@torch.library.custom_op("gardo::nft_loss", mutates_args=())
-def _nft_loss(
+def _kernel(
     velocity: Tensor,
     old_velocity: Tensor,
     x0: Tensor,
@@ -40,8 +39,7 @@ def _nft_loss(
     )
 
 
-@_nft_loss.register_fake
-def _(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     def empty(*shape: int) -> Tensor:
         return velocity.new_empty(shape, dtype=torch.float32)
 
@@ -71,24 +69,26 @@ def _(grad: Tensor, velocity: Tensor, *rest: Any) -> Tensor:
     return velocity.new_empty(velocity.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    velocity, old_velocity, x0, xt, t, _, beta, _, _, ref, _, backend = inputs
-    ctx.save_for_backward(velocity, old_velocity, x0, xt, t, output[2], ref)
-    ctx.beta, ctx.backend = beta, backend
-    ctx.set_materialize_grads(False)
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        velocity, old_velocity, x0, xt, t, _, beta, _, _, ref, _, backend = args
+        loss, stats, weights = below_autograd(_nft_loss, *args)
+        ctx.save_for_backward(velocity, old_velocity, x0, xt, t, weights, ref)
+        ctx.beta, ctx.backend = beta, backend
+        ctx.mark_non_differentiable(stats, weights)
+        return loss, stats, weights
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        velocity, old_velocity, x0, xt, t, weights, ref = ctx.saved_tensors
+        by_velocity = _nft_grad(
+            grad, velocity, old_velocity, x0, xt, t, weights, ctx.beta, ref, ctx.backend
+        )
+        return by_velocity, *(None,) * 11
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    velocity, old_velocity, x0, xt, t, weights, ref = ctx.saved_tensors
-    if grad is None:
-        return (None,) * 12
-    by_velocity = _nft_grad(
-        grad, velocity, old_velocity, x0, xt, t, weights, ctx.beta, ref, ctx.backend
-    )
-    return by_velocity, *(None,) * 11
-
-
-_nft_loss.register_autograd(_backward, setup_context=_setup)
+_nft_loss = differentiable_operator("nft_loss", _kernel, _fake, _Loss)
 
 
 def nft_loss(

@@ -6,19 +6,13 @@ bits. The reference form is not wrapped; it is ordinary differentiable PyTorch.
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gardo_kernels._operators import below_autograd, differentiable_operator, kernels
 from gardo_kernels.ops.sde.coefficients import SDECoefficients
-
-
-def kernels(op: str, backend: str) -> ModuleType:
-    """The module of ``op`` for ``backend``, imported when first used."""
-    return importlib.import_module(f"gardo_kernels.ops.{op}.{backend}")
 
 
 @torch.library.custom_op("gardo::sde_step", mutates_args=())
@@ -45,29 +39,6 @@ def _sde_step(
 def _(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     prev = velocity.new_empty(velocity.shape, dtype=torch.float32)
     return prev, velocity.new_empty(velocity.shape[0], dtype=torch.float32), torch.empty_like(prev)
-
-
-@torch.library.custom_op("gardo::sde_log_prob", mutates_args=())
-def _sde_log_prob(
-    velocity: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    velocity_uncond: Tensor | None,
-    guidance_scale: float,
-    backend: str,
-) -> Tensor:
-    return kernels("sde", backend).sde_log_prob(
-        velocity, sample, prev_sample, a, b, scale, offset, velocity_uncond, guidance_scale
-    )
-
-
-@_sde_log_prob.register_fake
-def _(velocity: Tensor, *rest: Any) -> Tensor:
-    return velocity.new_empty(velocity.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("gardo::velocity_grad", mutates_args=())
@@ -127,36 +98,48 @@ def _(
     return by_velocity, velocity_uncond.new_empty(velocity.shape)
 
 
-def _setup_log_prob(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    velocity, sample, prev, a, b, scale, _, uncond, guidance_scale, backend = inputs
-    ctx.save_for_backward(velocity, sample, prev, a, b, scale, uncond)
-    ctx.guidance_scale, ctx.backend = guidance_scale, backend
-
-
-def _backward_log_prob(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    velocity, sample, prev, a, b, scale, uncond = ctx.saved_tensors
-    batch = velocity.shape[0]
-    n = velocity.numel() // max(batch, 1)
-    alpha = (2 / max(n, 1) * scale * b).expand(batch).contiguous()
-    by_velocity, by_uncond = velocity_grad(
-        grad,
-        velocity,
-        sample,
-        prev,
-        a,
-        b,
-        alpha,
-        None,
-        None,
-        uncond,
-        ctx.guidance_scale,
-        ctx.backend,
+def _log_prob_kernel(
+    velocity: Tensor,
+    sample: Tensor,
+    prev_sample: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    velocity_uncond: Tensor | None,
+    guidance_scale: float,
+    backend: str,
+) -> Tensor:
+    return kernels("sde", backend).sde_log_prob(
+        velocity, sample, prev_sample, a, b, scale, offset, velocity_uncond, guidance_scale
     )
-    none = (None,) * 6
-    return by_velocity, *none, None if uncond is None else by_uncond, None, None
 
 
-_sde_log_prob.register_autograd(_backward_log_prob, setup_context=_setup_log_prob)
+def _log_prob_fake(velocity: Tensor, *rest: Any) -> Tensor:
+    return velocity.new_empty(velocity.shape[0], dtype=torch.float32)
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        velocity, sample, prev, a, b, scale, _, uncond, ctx.guidance_scale, ctx.backend = args
+        ctx.save_for_backward(velocity, sample, prev, a, b, scale, uncond)
+        return below_autograd(_sde_log_prob, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        velocity, sample, prev, a, b, scale, uncond = ctx.saved_tensors
+        batch = velocity.shape[0]
+        n = velocity.numel() // max(batch, 1)
+        alpha = (2 / max(n, 1) * scale * b).expand(batch).contiguous()
+        options = (uncond, ctx.guidance_scale, ctx.backend)
+        by_velocity, by_uncond = velocity_grad(
+            grad, velocity, sample, prev, a, b, alpha, None, None, *options
+        )
+        return by_velocity, *(None,) * 6, None if uncond is None else by_uncond, None, None
+
+
+_sde_log_prob = differentiable_operator("sde_log_prob", _log_prob_kernel, _log_prob_fake, _LogProb)
 
 
 def sde_step(
