@@ -1,7 +1,8 @@
-"""The fused backends against the float64 reference, and what PyTorch expects of an operator.
+"""The fused backends against the float64 reference.
 
 Triton runs on a GPU, or under its interpreter, which must be asked for before Triton is imported:
-`test_triton_under_the_interpreter` runs this file again in a process of its own.
+`test_triton_under_the_interpreter` runs the tests of the fused kernels again in a process of their
+own.
 """
 
 from __future__ import annotations
@@ -9,81 +10,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from fused_inputs import (
+    BACKENDS,
+    CASES,
+    DEVICE,
+    DTYPES,
+    GRAD_TOLERANCE,
+    KINDS,
+    RUNS_TRITON,
+    close,
+    coefficients,
+    device_of,
+    grpo_inputs,
+    inputs,
+    wide,
+)
 
 import gardo_kernels as gk
-from gardo_kernels import _native
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-RUNS_TRITON = INTERPRETED or DEVICE == "cuda"
-BACKENDS = [
-    pytest.param(
-        "native",
-        marks=pytest.mark.skipif(
-            not _native.is_available(), reason=str(_native.unavailable_reason())
-        ),
-    ),
-    pytest.param(
-        "triton",
-        marks=pytest.mark.skipif(
-            not RUNS_TRITON, reason="no GPU: run by test_triton_under_the_interpreter"
-        ),
-    ),
-]
-# A row of one element, odd rows, an empty batch, SD3, video and packed Flux latents, rows that
-# take several tiles and several programs.
-SHAPES = [
-    (3, 1), (5,), (1, 7), (0, 4), (2, 16, 4, 4), (2, 3, 2, 3, 5), (3, 6, 4), (2, 1500), (2, 9001),
-]  # fmt: skip
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Every shape in float32; in half precision those that differ in how rows are cut.
-CASES = [(shape, torch.float32) for shape in SHAPES]
-CASES += [(shape, dtype) for shape in ((1, 7), (3, 6, 4), (2, 9001)) for dtype in DTYPES[1:]]
-KINDS = ["flow", "cps", "dance"]
-# Computed in float32 from the same inputs: a few roundings, relative to the largest element.
-VALUE_TOLERANCE = 2e-6
-# Gradients are rounded to the dtype of the velocity: one unit in the last place.
-GRAD_TOLERANCE = {torch.float32: 4e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-
-
-def device_of(backend):
-    return DEVICE if backend == "triton" else "cpu"
-
-
-def close(actual, expected, tolerance=VALUE_TOLERANCE, scale=None):
-    """Compare relative to ``scale``, the largest element unless given."""
-    assert actual.shape == expected.shape
-    expected = expected.detach().double()
-    if scale is None:
-        scale = float(expected.abs().max()) if expected.numel() else 0.0
-    atol = tolerance * max(1e-30, scale)
-    torch.testing.assert_close(
-        actual.detach().double().cpu(), expected.cpu(), rtol=tolerance, atol=atol
-    )
-
-
-def wide(value):
-    return value.detach().double() if isinstance(value, torch.Tensor) else value
-
-
-def inputs(shape, dtype, backend, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    v, u, ref = (torch.randn(shape, generator=g).to(dtype) for _ in range(3))
-    x, prev = (torch.randn(shape, generator=g) for _ in range(2))
-    return tuple(t.to(device_of(backend)) for t in (v, u, ref, x, prev))
-
-
-def coefficients(kind, rows, backend):
-    """One step per row, except for an odd number of rows: one step for all."""
-    if rows % 2 or rows == 0:
-        coef = gk.sde_coefficients(0.6, 0.5, kind=kind)
-    else:
-        sigmas = torch.linspace(0.9, 0.3, rows + 1)
-        coef = gk.sde_coefficients(sigmas[:-1], sigmas[1:], kind=kind)
-    return coef.to(device_of(backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -152,18 +99,6 @@ def test_log_prob_gradient(backend, dtype, shape):
     for actual, expected in zip(*grads, strict=True):
         assert actual.dtype == dtype
         close(actual, expected, GRAD_TOLERANCE[dtype])
-
-
-def grpo_inputs(shape, dtype, backend):
-    v, u, ref, x, prev = inputs(shape, dtype, backend)
-    rows = shape[0]
-    coef = coefficients("flow", rows, backend)
-    g = torch.Generator().manual_seed(1)
-    old = gk.sde_log_prob(wide(v), wide(x), wide(prev), coef, wide(u), 3.0).float()
-    old += (torch.randn(rows, generator=g) * 0.01).to(old.device)
-    advantage = (torch.randn(rows, generator=g) * 4).to(old.device)
-    gate = (torch.rand(rows, generator=g) < 0.5).to(old.device)
-    return v, u, ref, x, prev, old, advantage, gate, coef
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -293,6 +228,34 @@ def test_nearest_neighbor_distance(backend, dtype, dimension):
     torch.testing.assert_close(again, actual, rtol=0, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_rows_in_another_order(backend):
+    """What belongs to a row moves with it, bit for bit; means over rows move by rounding."""
+    v, u, ref, x, prev, old, advantage, gate, _ = grpo_inputs((7, 33), torch.float32, backend)
+    coef = gk.sde_coefficients(0.6, 0.5).expand(7).to(v.device)
+    order = torch.tensor([3, 0, 6, 2, 5, 1, 4], device=v.device)
+
+    def both(pick):
+        a, b, c, d, e, f = (t[pick] for t in (v, u, ref, x, prev, old))
+        a = a.clone().requires_grad_()
+        options = {"gate": gate[pick], "ref_velocity": c, "kl_coef": 0.1, "backend": backend}
+        grpo = gk.grpo_loss(a, d, e, f, advantage[pick], coef[pick], velocity_uncond=b,
+                            guidance_scale=2.0, **options)  # fmt: skip
+        nft = gk.nft_loss(a, b, d, e, f.sigmoid(), advantage[pick], **options)
+        rows = (grpo.log_prob, grpo.ratio, *torch.autograd.grad(grpo.loss, a, retain_graph=True))
+        return rows, (grpo.loss, grpo.kl, nft.loss, nft.kl, *torch.autograd.grad(nft.loss, a))
+
+    (rows, means), (moved_rows, moved_means) = both(slice(None)), both(order)
+    for a, b in zip(rows, moved_rows, strict=True):
+        assert torch.equal(a[order], b)
+    for a, b in zip(means, moved_means, strict=True):
+        torch.testing.assert_close(a[order] if a.dim() else a, b, rtol=1e-6, atol=1e-6)
+    ids = torch.tensor([1, 1, 0, 1, 0, 0, 2], device=v.device)
+    distance = gk.nearest_neighbor_distance(x, ids, backend=backend)
+    moved = gk.nearest_neighbor_distance(x[order], ids[order], backend=backend)
+    torch.testing.assert_close(moved, distance[order], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_views(backend):
     """Trajectory slices, transposed and expanded latents give the bits of their copies."""
@@ -334,133 +297,14 @@ def test_offsets_pass_two_to_the_31(backend):
         assert torch.equal(a, b)
 
 
-def op_samples(backend):
-    """Arguments of every operator, as the public functions pass them."""
-    v, u, ref, x, prev, old, advantage, gate, coef = grpo_inputs((4, 6), torch.float32, backend)
-    c, device = coef, v.device
-    a, b = v.clone().requires_grad_(), u.clone().requires_grad_()
-    seed = torch.tensor([3], device=device)
-    alpha = torch.ones(4, device=device)
-    t = torch.rand(4, device=device)
-    affine = (c.a, c.b)
-    density = (c.scale, c.offset)
-    ids = torch.tensor([0, 0, 1, 1], device=device)
-    return {
-        "sde_step": (v, x, *affine, c.c, *density, None, seed, u, 3.0, backend),
-        "sde_log_prob": (a, x, prev, *affine, *density, b, 3.0, backend),
-        "velocity_grad": (alpha[0], v, x, prev, *affine, alpha, alpha, ref, u, 3.0, backend),
-        "grpo_loss": (
-            a, x, prev, old, advantage, *affine, *density, c.kl, 0.1, 0.1, 5.0, gate, ref, 0.1,
-            "gated", b, 3.0, backend,
-        ),
-        "nft_loss": (a, u, x, prev, t, advantage, 0.5, 5.0, gate, ref, 0.1, backend),
-        "nft_grad": (alpha[0], v, u, x, prev, t, torch.ones(3, 4, device=device), 0.5, ref,
-                     backend),
-        "nearest_neighbor_distance": (v, ids, backend),
-    }  # fmt: skip
-
-
-OPS = [
-    "sde_step", "sde_log_prob", "velocity_grad", "grpo_loss", "nft_loss", "nft_grad",
-    "nearest_neighbor_distance",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", OPS)
-def test_opcheck(backend, name):
-    torch.library.opcheck(getattr(torch.ops.gardo, name).default, op_samples(backend)[name])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_without_graph_breaks(backend):
-    v, u, ref, x, _, _, advantage, gate, coef = grpo_inputs((4, 6), torch.float32, backend)
-
-    def train(v, u):
-        step = gk.sde_step(
-            v, x, coef, seed=3, velocity_uncond=u, guidance_scale=3.0, backend=backend
-        )
-        grpo = gk.grpo_loss(
-            v, x, step.prev_sample, step.log_prob, advantage, coef, gate=gate, ref_velocity=ref,
-            kl_coef=0.1, velocity_uncond=u, guidance_scale=3.0, backend=backend,
-        )  # fmt: skip
-        nft = gk.nft_loss(v, u, x, step.prev_sample, advantage.abs() / 100, advantage,
-                          gate=gate, ref_velocity=ref, kl_coef=0.1, backend=backend)  # fmt: skip
-        lp = gk.sde_log_prob(v, x, step.prev_sample, coef, u, 3.0, backend=backend)
-        return grpo.loss + nft.loss + lp.sum(), grpo.ratio
-
-    torch._dynamo.reset()
-    compiled = torch.compile(train, fullgraph=True, backend="aot_eager")
-    results = []
-    for function in (train, compiled):
-        a, b = v.clone().requires_grad_(), u.clone().requires_grad_()
-        loss, ratio = function(a, b)
-        loss.backward()
-        assert (ratio == 1).all()
-        results.append((loss.detach(), a.grad, b.grad))
-    for eager, traced in zip(*results, strict=True):
-        torch.testing.assert_close(traced, eager, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("backend", ["reference", BACKENDS[0]])
-def test_shaping_is_an_operator(backend):
-    g = torch.Generator().manual_seed(0)
-    proxy, aux, features = (torch.randn(*s, generator=g) for s in ((12,), (2, 12), (12, 5)))
-    ids = torch.arange(12) % 3
-    ops = torch.ops.gardo
-    arguments = (proxy.double(), aux.double(), ids, None, 0.1, None, "none", "paper", "batch")
-    torch.library.opcheck(ops.shape_rewards.default, (*arguments, backend))
-    torch.library.opcheck(ops.nearest_neighbor_distance.default, (features, ids, backend))
-
-    def shape(proxy, features):
-        distance = gk.nearest_neighbor_distance(features, ids, backend=backend)
-        return gk.shape_rewards(proxy, aux, ids, distance, backend=backend), gk.win_rate(aux, ids)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(shape, fullgraph=True, backend="aot_eager")
-    (traced, wins), (eager, expected) = compiled(proxy, features), shape(proxy, features)
-    torch.testing.assert_close(wins, expected)
-    for a, b in zip(traced, eager, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_reference_compiles_without_graph_breaks():
-    v, _, ref, x, prev, old, advantage, gate, coef = grpo_inputs((4, 6), torch.float32, "native")
-
-    def loss(v):
-        return gk.grpo_loss(
-            v, x, prev, old, advantage, coef, gate=gate, ref_velocity=ref, kl_coef=0.1,
-            backend="reference",
-        ).loss  # fmt: skip
-
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(v), loss(v))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_float64_inputs_are_refused_not_rounded(backend):
-    x = torch.zeros(2, 3, dtype=torch.float64, device=device_of(backend))
-    coef = gk.sde_coefficients(0.6, 0.5).to(x.device)
-    with pytest.raises(gk.BackendUnavailable, match="got float64 inputs"):
-        gk.sde_step(x, x, coef, seed=1, backend=backend)
-    assert gk.sde_step(x, x, coef, seed=1).mean.dtype == torch.float64
-
-
-@pytest.mark.skipif(RUNS_TRITON, reason="this process runs Triton itself")
-def test_triton_is_refused_with_the_reason():
-    x, coef = torch.zeros(2, 3), gk.sde_coefficients(0.6, 0.5)
-    with pytest.raises(gk.BackendUnavailable, match="TRITON_INTERPRET=1"):
-        gk.sde_step(x, x, coef, seed=1, backend="triton")
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS_TRITON, reason="this process runs Triton itself")
 def test_triton_under_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed")
+    files = [str(Path(__file__).parent / name) for name in ("test_fused.py", "test_operators.py")]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton",
-         __file__],
+         *files],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

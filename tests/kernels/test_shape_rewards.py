@@ -247,6 +247,21 @@ def test_native_equals_reference_on_a_large_epoch():
                 assert torch.equal(a.gate, b.gate)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_million_samples(backend):
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(2, 10**6, generator=generator, dtype=torch.float64)
+    ids = torch.randint(50_000, (10**6,), generator=generator)
+    shaped = gk.shape_rewards(rewards[0], rewards[1:], ids, fraction=0.1, backend=backend)
+    # Win rates of distinct values are their ranks.
+    rank = rewards.argsort(-1).argsort(-1).double() / (10**6 - 1)
+    torch.testing.assert_close(shaped.uncertainty, rank[0] - rank[1], rtol=0, atol=1e-12)
+    assert int(shaped.gate.sum()) == pytest.approx(0.1 * 5 * 10**5, rel=0.01)
+    sums = torch.zeros(50_000, dtype=torch.float64).index_add_(0, ids, shaped.advantage)
+    assert float(sums.abs().max()) < 1e-10
+
+
 reward = st.floats(-1e6, 1e6, width=32)
 small = st.integers(0, 3).map(float)
 sixty_fourths = st.integers(0, 64).map(lambda k: k / 64)  # exact in what follows
