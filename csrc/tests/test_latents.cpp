@@ -2,6 +2,7 @@
 #include <limits>
 #include <vector>
 
+#include "../cpu/blocks.h"
 #include "grpo_loss.h"
 #include "nft_loss.h"
 #include "sde_step.h"
@@ -132,10 +133,45 @@ void test_by_hand() {
   expect(near(grad, 9, 1e-5) && near(grad_uncond, -6, 1e-5), "affine_backward: by hand");
 }
 
+// The index path of 3 * (2^32 + 5) elements, without the memory: every block is visited once, at
+// the right place.
+void test_indices_beyond_32_bits() {
+  const gardo::Extent extent{3, (int64_t{1} << 32) + 5, 2};
+  const int64_t per_row = gardo::blocks_per_row(extent);
+  std::vector<std::uint8_t> visited(static_cast<std::size_t>(3 * per_row));
+  gardo::for_each_block(extent, [&](int64_t row, int64_t offset, int64_t element, int64_t n,
+                                    int64_t block, gardo::Scratch&) {
+    const bool last = element + n == extent.row_size;
+    const bool ok = offset == row * extent.row_size + element && block / per_row == row &&
+                    element == block % per_row * gardo::kBlock && n == (last ? 5 : gardo::kBlock);
+    visited[static_cast<std::size_t>(block)] += ok ? 1 : 2;
+  });
+  bool once = true;
+  for (const std::uint8_t count : visited) once = once && count == 1;
+  expect(once, "for_each_block: 64-bit indices");
+}
+
+// The noise counter carries from its low into its high word.
+void test_noise_counter_carries() {
+  constexpr int64_t kWords = int64_t{1} << 32;
+  float across[16], beyond[8], start[8];
+  gardo::philox_normal(7, 1, 4 * (kWords - 2), 16, across);
+  gardo::philox_normal(7, 1, 4 * kWords, 8, beyond);
+  gardo::philox_normal(7, 1, 0, 8, start);
+  bool carried = true, repeated = true;
+  for (int i = 0; i < 8; ++i) {
+    carried = carried && across[8 + i] == beyond[i];
+    repeated = repeated && beyond[i] == start[i];
+  }
+  expect(carried && !repeated, "philox_normal: 64-bit counter");
+}
+
 }  // namespace
 
 void test_latents() {
   test_by_hand();
+  test_indices_beyond_32_bits();
+  test_noise_counter_carries();
   for (const int64_t rows : {0, 1, 3}) {
     for (const int64_t row_size : {1, 5, 31, 1024, 1027, 9000}) {
       for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {

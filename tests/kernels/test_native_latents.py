@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -173,6 +174,21 @@ def test_bits_do_not_depend_on_threads_or_batch() -> None:
     )
     assert torch.equal(part.log_prob, results[0].log_prob[:2])
     assert torch.equal(part.prev_sample, results[0].prev_sample[:2])
+
+
+def test_concurrent_calls_agree() -> None:
+    shape = (4, 60_000)
+    coef = coefficients(4)
+    velocity, sample = latents(shape, 1), latents(shape, 2)
+
+    def step(seed: int) -> _native.NativeStep:
+        return _native.sde_step(velocity, sample, **step_fields(coef), seed=torch.tensor([seed]))
+
+    expected = [step(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for seed, got in enumerate(pool.map(step, [0, 1, 2] * 3)):
+            for value, want in zip(got, expected[seed % 3], strict=True):
+                assert torch.equal(value, want)
 
 
 def test_without_noise_the_step_is_the_mean() -> None:
