@@ -124,7 +124,8 @@ class Trainer:
                 if self.ema is not None:
                     self.ema.step()
             update_metrics, kl = stats.metrics(self.runtime)
-            reset = self.adaptive_reference.update(kl)
+            # without a KL term nothing looks at the reference
+            reset = config.algorithm.kl_coef > 0 and self.adaptive_reference.update(kl)
             if reset:
                 self.adapters.copy(POLICY, REFERENCE)
         rows_per_sample = 2 if self.sampler.guided else 1

@@ -60,7 +60,8 @@ class Shaper:
         if features is not None:
             gathered = runtime.gather(features, plan.sample_ids, total)
             distance = gk.nearest_neighbor_distance(gathered, group_ids)
-            metrics["diversity/nn_distance"] = float(distance.mean())
+            # a sample without an image has no distance
+            metrics["diversity/nn_distance"] = float(distance.nanmean())
 
         shaped = self._shape(columns, group_ids, distance)
         # an order statistic of a handful of numbers: one transfer per epoch

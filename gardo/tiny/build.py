@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=pipeline_path(), help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of all data")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of the transformer")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of the transformer")
     parser.add_argument("--vae-steps", type=int, default=600, help="training steps of the VAE")
     parser.add_argument("--scenes", type=int, default=40_000, help="rendered training scenes")
     parser.add_argument(

@@ -33,7 +33,7 @@ UNIFORM_SHARE = 0.2  # timesteps drawn uniformly, else logit-normally
 class FlowSettings:
     """Settings of :func:`train_transformer`."""
 
-    steps: int = 2000
+    steps: int = 1000
     batch_size: int = 48
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
