@@ -78,8 +78,9 @@ def test_flow_grpo_sampling_uses_the_generator():
     sqrt_dt = (0.75 - 0.5) ** 0.5
     torch.testing.assert_close(prev, mean + std.view(1, 1) * sqrt_dt * noise)
     assert prev.dtype == log_prob.dtype == torch.float32
-    again = sde_step_with_logprob(scheduler, v, torch.tensor(750.0), x, prev_sample=prev)
-    assert torch.equal(again[1], log_prob)
+    for timestep in (torch.tensor(750.0), [750.0, 750.0], torch.tensor([750.0, 750.0])):
+        again = sde_step_with_logprob(scheduler, v, timestep, x, prev_sample=prev)
+        assert torch.equal(again[1], log_prob)
     each = [torch.Generator().manual_seed(s) for s in (5, 6)]
     rows = sde_step_with_logprob(scheduler, v, 750.0, x, generator=each)[0]
     alone = torch.randn(1, 3, generator=torch.Generator().manual_seed(6))

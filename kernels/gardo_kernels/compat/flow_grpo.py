@@ -34,7 +34,7 @@ class FlowScheduler(Protocol):
 def sde_step_with_logprob(
     scheduler: FlowScheduler,
     model_output: Tensor,
-    timestep: float | Tensor,
+    timestep: float | Tensor | Sequence[Any],
     sample: Tensor,
     noise_level: float = 0.7,
     prev_sample: Tensor | None = None,
@@ -47,7 +47,7 @@ def sde_step_with_logprob(
     Args:
         scheduler: has ``sigmas`` and ``index_for_timestep``.
         model_output, sample: ``[B, ...]``; computed in float32.
-        timestep: a value of the schedule: a number, 0-d, or ``[B]`` (one per sample).
+        timestep: a value of the schedule: a number, 0-d, or one per sample (``[B]`` or a list).
         noise_level: eta.
         prev_sample: ``[B, ...]`` latents to evaluate; None draws them.
         generator: for the noise; one, or one per sample.
@@ -96,13 +96,15 @@ def _differentiable(
     return log_prob, transition_mean(velocity, sample, coef)
 
 
-def _step_indices(scheduler: FlowScheduler, timestep: float | Tensor) -> list[int]:
+def _step_indices(scheduler: FlowScheduler, timestep: Any) -> list[int]:
     """Positions in the schedule; a batch at one timestep asks the scheduler once."""
     if isinstance(timestep, Tensor):
         values = timestep.reshape(-1).unbind()
         if len(values) > 1 and bool((timestep == timestep.reshape(-1)[0]).all()):
             return [int(scheduler.index_for_timestep(values[0]))] * len(values)
         return [int(scheduler.index_for_timestep(value)) for value in values]
+    if isinstance(timestep, (list, tuple)):
+        return [int(scheduler.index_for_timestep(value)) for value in timestep]
     return [int(scheduler.index_for_timestep(timestep))]
 
 
