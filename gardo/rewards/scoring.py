@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gardo.config import RewardsConfig
-from gardo.rewards.base import Reward, build_reward
+from gardo.rewards.base import Reward, build_reward, reward_names
 from gardo.rewards.features import FeatureExtractor, build_features
 from gardo.types import Prompt, UserError
 
@@ -22,12 +22,6 @@ class RewardSet:
         self.proxy, self.aux, self.held_out = config.proxy, list(config.aux), list(config.eval)
         self.training_names = [self.proxy, *self.aux]
         self.all_names = list(dict.fromkeys([*self.training_names, *self.held_out]))
-        unused = config.parameters.keys() - set(self.all_names)
-        if unused:
-            raise UserError(
-                f"rewards.parameters: '{min(unused)}' is not among the rewards of this run "
-                f"({', '.join(self.all_names)})"
-            )
         self._rewards: dict[str, Reward] = {}
         for name in self.all_names:
             parameters = config.parameters.get(name, {})
@@ -37,6 +31,13 @@ class RewardSet:
                 if not parameters:
                     raise
                 raise UserError(f"rewards.parameters.{name}: {error}") from None
+        # a recipe's parameters may stay when another reward is chosen, but a typo must not
+        unknown = config.parameters.keys() - {*self.all_names, *reward_names()}
+        if unknown:
+            raise UserError(
+                f"rewards.parameters: '{min(unknown)}' is not among the rewards of this run "
+                f"({', '.join(self.all_names)})"
+            )
         self.features: FeatureExtractor | None = (
             build_features(config.features, device) if config.features else None
         )

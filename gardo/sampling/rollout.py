@@ -74,15 +74,17 @@ def step_table(
 def sde_window(config: SamplingConfig, seed: int, epoch: int) -> range | None:
     """The epoch's window of noisy steps; None without windows.
 
-    A window of ``sde_window`` steps starts anywhere in ``sde_window_range``, as in Flow-GRPO-Fast
-    and MixGRPO.
+    A window of ``sde_window`` steps lies anywhere in ``sde_window_range``, as in Flow-GRPO-Fast
+    and MixGRPO; both end where the schedule ends.
     """
     if config.sde_window == 0:
         return None
-    low, high = config.sde_window_range or (0, max(config.sde_window, config.num_steps // 2))
-    starts = high - low - config.sde_window + 1
-    first = low + derive_seed(seed, "window", epoch) % starts
-    return range(first, first + config.sde_window)
+    size = min(config.sde_window, config.num_steps)
+    low, high = config.sde_window_range or (0, max(size, config.num_steps // 2))
+    high = min(high, config.num_steps)
+    low = min(low, high - size)
+    first = low + derive_seed(seed, "window", epoch) % (high - low - size + 1)
+    return range(first, first + size)
 
 
 @dataclass

@@ -102,7 +102,7 @@ def test_override_values(key, text, value):
         ([("rewards.aux", "[]")], "needs at least one auxiliary reward"),
         ([("rewards.features", "null")], "algorithm.diversity: needs rewards.features"),
         ([("train.updates_per_epoch", "1000")], "expected at most per_epoch x group_size = 128"),
-        ([("sampling.sde_window", "11")], "sampling.sde_window: expected at most num_steps = 10"),
+        ([("sampling.sde_window", "11")], "that holds the window of 11 steps, got [0, 4]"),
         ([("sampling.sde_window_range", "[4, 2]")], "sampling.sde_window_range: expected 0 <= "),
         ([("sampling.sde", "euler")], "sampling.sde: expected 'flow', 'cps' or 'dance'"),
     ],

@@ -45,7 +45,7 @@ def test_sampler_without_noise_equals_the_pipeline(model, make_sampler, guidance
         num_inference_steps=5,
         guidance_scale=guidance_scale,
         latents=latents[0].clone(),
-        max_sequence_length=16,
+        max_sequence_length=model.max_sequence_length,
         output_type="latent",
     ).images
     torch.testing.assert_close(latents[-1], expected, rtol=1e-5, atol=1e-5)
@@ -237,7 +237,12 @@ def test_window_puts_noise_on_its_steps_only(model, config):
     table = step_table(schedule, CPU, kind="flow", noise_level=0.7, window=range(3, 5))
     assert table.stochastic == (3, 4)
     assert [c.kind for c in table.coefficients].count("ode") == 8
-    assert sde_window(config.sampling, 0, 0) is None
+    assert sde_window(sampling.model_copy(update={"sde_window": 0}), 0, 0) is None
+    # fewer steps than the window or its range: both end with the schedule
+    short = sampling.model_copy(update={"num_steps": 3, "sde_window": 4})
+    assert sde_window(short, 0, 0) == range(3)
+    late = sampling.model_copy(update={"num_steps": 5, "sde_window_range": (4, 9)})
+    assert sde_window(late, 0, 0) == range(3, 5)
 
 
 def test_the_last_step_is_not_trained(model):

@@ -26,6 +26,8 @@ SHORT = {
     "prompts.group_size": "4",
     "sampling.batch_size": "8",
     "sampling.num_steps": "5",
+    "sampling.sde_window": "0",
+    "train.timestep_fraction": "0.4",
     "train.batch_size": "8",
     "evaluation.max_prompts": "4",
     "evaluation.samples_per_prompt": "2",
