@@ -36,7 +36,7 @@ class ShapedEpoch:
 
 
 class Shaper:
-    """GARDO's reward shaping (DESIGN 3.4, 3.5) with its adaptive gate fraction."""
+    """GARDO's reward shaping (arXiv 2512.24138) with its adaptive gate fraction."""
 
     def __init__(self, config: AlgorithmConfig, rewards: RewardSet) -> None:
         self.config = config

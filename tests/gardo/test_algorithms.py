@@ -143,7 +143,7 @@ def test_gradient_does_not_depend_on_the_batch_size(
     assert cut_metrics["loss/policy"] == pytest.approx(metrics["loss/policy"], abs=1e-6)
 
 
-def test_update_is_the_formula_of_the_design(config, runtime, adapters, make_sampler, rollout):
+def test_update_is_the_formula(config, runtime, adapters, make_sampler, rollout):
     """The weighted micro-batches add up to mean policy loss + kl_coef * mean KL of the gated."""
     sampler, shaped = make_sampler(2.0), shaped_epoch([1, 2, 6])
     reference = reference_pass(sampler, adapters, rollout, shaped.gated_rows, STEPS)

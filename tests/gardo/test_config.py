@@ -8,7 +8,7 @@ import yaml
 from gardo.config import Config, iter_keys, load_config, recipe_names, to_yaml, validate
 from gardo.types import UserError
 
-# DESIGN section 9: keys that callers outside may rely on
+# keys that callers outside this repository rely on
 CONTRACT_KEYS = """
 seed output_dir epochs device precision
 model.path model.family model.lora.rank model.lora.alpha model.full_finetune

@@ -1,4 +1,4 @@
-"""Advantages, uncertainty and gate against literal O(N^2) forms of DESIGN's formulas."""
+"""Advantages, uncertainty and gate against literal O(N^2) forms of the formulas."""
 
 from __future__ import annotations
 
