@@ -1,0 +1,46 @@
+"""The typed configuration: one model per area, loaded from a recipe, a YAML file and overrides.
+
+This package imports neither torch nor diffusers, so that ``--help`` and errors are instant.
+"""
+
+from gardo.config.loading import (
+    RECIPES,
+    iter_keys,
+    load_config,
+    recipe_description,
+    recipe_names,
+    to_yaml,
+    type_name,
+    validate,
+)
+from gardo.config.schema import (
+    AlgorithmConfig,
+    Config,
+    EvaluationConfig,
+    ModelConfig,
+    PromptsConfig,
+    ReferenceConfig,
+    RewardsConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "RECIPES",
+    "AlgorithmConfig",
+    "Config",
+    "EvaluationConfig",
+    "ModelConfig",
+    "PromptsConfig",
+    "ReferenceConfig",
+    "RewardsConfig",
+    "SamplingConfig",
+    "TrainConfig",
+    "iter_keys",
+    "load_config",
+    "recipe_description",
+    "recipe_names",
+    "to_yaml",
+    "type_name",
+    "validate",
+]

@@ -1,0 +1,205 @@
+"""Configurations from a recipe, YAML files and overrides; every mistake is named with its key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gardo.config.schema import Config
+from gardo.types import UserError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the built-in recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_description(name: str) -> str:
+    """The first comment line of a built-in recipe."""
+    first = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.removeprefix("#").strip()
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises UserError with the file and the place of the mistake."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"config file '{path}' does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file '{path}' cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config file '{path}' is not valid YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"config file '{path}': expected a mapping of keys, got {_kind(data)}")
+    return data
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number (YAML 1.1 takes it for a string)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str) -> Any:
+    """Read a command-line value as YAML does: numbers, true/false, null, lists, else a string."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        return text
+
+
+def load_config(
+    recipe: str = "tiny",
+    files: Sequence[Path] = (),
+    overrides: Sequence[tuple[str, str]] = (),
+) -> Config:
+    """Merge a recipe, further YAML files and dotted overrides, in this order, and validate.
+
+    Args:
+        recipe: name of a built-in recipe, or path of a YAML file.
+        files: YAML files whose keys win over the recipe's.
+        overrides: ``(dotted key, text)`` pairs that win over everything.
+
+    Raises:
+        UserError: unknown recipe or key, wrong type or range, contradictory options.
+    """
+    data = read_yaml(_recipe_path(recipe))
+    for file in files:
+        _merge(data, read_yaml(file))
+    for dotted, text in overrides:
+        parts = dotted.split(".")
+        value: Any = text if _takes_text(dotted) else parse_value(text)
+        for part in reversed(parts):
+            value = {part: value}
+        _merge(data, value)
+    config = validate(data)
+    name = config.recipe or Path(recipe).stem
+    folder = config.output_dir.replace("{recipe}", name)
+    return config.model_copy(update={"recipe": name, "output_dir": folder})
+
+
+def _takes_text(dotted: str) -> bool:
+    """Whether the key is a plain string, so that ``--output_dir 2026`` stays one."""
+    return any(name == dotted and field.annotation is str for name, field in iter_keys())
+
+
+def _recipe_path(recipe: str) -> Path:
+    if recipe in recipe_names():
+        return RECIPES / f"{recipe}.yaml"
+    if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
+        return Path(recipe)
+    near = difflib.get_close_matches(recipe, recipe_names(), n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise UserError(
+        f"unknown recipe '{recipe}'{hint} (built in: {', '.join(recipe_names())}; or a YAML path)"
+    )
+
+
+def validate(data: Mapping[str, Any]) -> Config:
+    """Check a nested mapping against the schema; UserError names the key, need and value."""
+    _check_keys(data)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The complete configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def iter_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every dotted key with its pydantic field, sections expanded."""
+    for name, field in model.model_fields.items():
+        if _is_section(field.annotation):
+            yield from iter_keys(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{name}", field
+
+
+def type_name(annotation: Any) -> str:
+    """How ``--help`` prints a type: ``int``, ``a|b|c``, ``list``."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return type_name(get_args(annotation)[0])
+    if origin is Literal:
+        return "|".join(str(a) for a in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return "|".join("null" if a is type(None) else type_name(a) for a in get_args(annotation))
+    if origin is not None:
+        return origin.__name__
+    return str(getattr(annotation, "__name__", annotation))
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> None:
+    for name, value in update.items():
+        if isinstance(value, Mapping) and isinstance(base.get(name), dict):
+            _merge(base[name], value)
+        else:
+            base[name] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _check_keys(data: Mapping[str, Any], model: type[BaseModel] = Config, prefix: str = "") -> None:
+    """Refuse unknown keys with the nearest valid one, before types are looked at."""
+    for name, value in data.items():
+        dotted = f"{prefix}{name}"
+        field = model.model_fields.get(str(name))
+        if field is None:
+            known = [k for k, _ in iter_keys()]
+            near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
+            if not near:  # the right name in the wrong area
+                near = [k for k in known if k.rsplit(".", 1)[-1] == str(name)][:1]
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"unknown key '{dotted}'{hint} (see --help for all keys)")
+        if _is_section(field.annotation):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{dotted}: expected a section with keys, got {value!r}")
+            _check_keys(value, field.annotation, f"{dotted}.")  # type: ignore[arg-type]
+
+
+def _explain(error: ValidationError) -> str:
+    """One sentence for the first problem: the key, what was expected and what came."""
+    first = error.errors(include_url=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return message
+    where = []
+    for part in first["loc"]:  # the path ends where a union or list of pydantic's own begins
+        if isinstance(part, str) and part.isidentifier():
+            where.append(part)
+        else:
+            break
+    message = message.replace("Input should be", "expected", 1)
+    return f"{'.'.join(where)}: {message}, got {first.get('input')!r}"
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
