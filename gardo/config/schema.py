@@ -72,6 +72,15 @@ class ModelConfig(Section):
     embedding_cache: str | None = key(None, "folder that keeps prompt embeddings between runs")
     full_finetune: bool = key(False, "train all transformer weights instead of LoRA")
     gradient_checkpointing: bool = key(False, "recompute activations to save memory")
+    attention_backend: str | None = key(
+        None, "diffusers' attention backend, such as flash or native; null: diffusers' default"
+    )
+    compile: bool = key(False, "torch.compile each transformer block")
+    vae_dtype: Literal["fp32", "fp16", "bf16"] | None = key(
+        None, "precision of the image decoder; null: fp32"
+    )
+    vae_tiling: bool = key(False, "decode large images in tiles")
+    vae_slicing: bool = key(False, "decode images one at a time")
     lora: LoraConfig = section(LoraConfig, "low-rank adapters")
 
 
@@ -95,6 +104,10 @@ class SamplingConfig(Section):
     batch_size: Positive = key(64, "samples per forward in rollout and reference pass")
     same_latent: bool = key(False, "start all samples of a prompt from the same latent")
     cuda_graph: Literal["auto", "on", "off"] = key("auto", "capture the sampler; auto: if possible")
+    offload_trajectories: bool = key(False, "keep latents of the epoch in CPU memory")
+    max_ratio_deviation: PositiveFloat | None = key(
+        1e-3, "stop before the first update if |ratio - 1| exceeds this; null: report only"
+    )
 
 
 class RewardsConfig(Section):
@@ -154,6 +167,7 @@ class TrainConfig(Section):
     adam_beta2: Fraction = key(0.999, "AdamW beta2")
     adam_eps: PositiveFloat = key(1e-8, "AdamW epsilon")
     weight_decay: NonNegativeFloat = key(1e-4, "AdamW weight decay")
+    fused_optimizer: bool = key(False, "AdamW as one fused kernel")
     max_grad_norm: PositiveFloat = key(1.0, "gradient clipping")
     timestep_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = key(
         0.4, "share of the steps that are trained"
