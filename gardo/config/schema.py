@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -39,7 +40,22 @@ def _clip_range(value: Any) -> Any:
     return tuple(float(n) for n in numbers) if parts is value else float(numbers[0])
 
 
+def _servers(value: Any) -> Any:
+    urls = _names(value)
+    for url in urls if isinstance(urls, list) else ():
+        parts = urlsplit(url) if isinstance(url, str) else None
+        # asking for the port raises ValueError where it is no number
+        if parts and (
+            parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+        ):
+            raise ValueError(f"expected http://HOST:PORT or https://HOST:PORT, got '{url}'")
+        if parts and (parts.username or parts.query or parts.fragment):
+            raise ValueError("expected URLs without user, query and fragment (for a secret: token)")
+    return urls
+
+
 Names = Annotated[list[str], BeforeValidator(_names)]
+Servers = Annotated[list[str], BeforeValidator(_servers), Field(min_length=1)]
 ClipRange = Annotated[float | tuple[float, float], BeforeValidator(_clip_range)]
 
 
@@ -110,12 +126,32 @@ class SamplingConfig(Section):
     )
 
 
+class RewardClientConfig(Section):
+    timeout: PositiveFloat = key(60.0, "seconds to wait for the answer to a request")
+    connect_timeout: PositiveFloat = key(5.0, "seconds to wait for a connection")
+    retries: NonNegative = key(6, "further rounds over all servers before the run stops")
+    backoff: PositiveFloat = key(1.0, "seconds before the first retry; doubles, at most 30")
+    startup_timeout: PositiveFloat = key(300.0, "seconds to wait for a server that is loading")
+    encoding: Literal["safetensors", "png"] = key(
+        "safetensors", "images as they are, or as PNG: smaller, rounded to 8 bits"
+    )
+    token_env: str = key("GARDO_REWARD_TOKEN", "environment variable with the bearer token")
+    token_file: str | None = key(None, "file with the bearer token; wins over the variable")
+
+
 class RewardsConfig(Section):
     proxy: str = key("count", "the reward that is trained on: a name or module:attribute")
     aux: Names = key([], "auxiliary rewards that the gate consults")
     eval: Names = key([], "held-out rewards, never trained on")
     parameters: dict[str, dict[str, Any]] = key({}, "keyword arguments per reward name")
     features: str | None = key(None, "feature extractor for diversity")
+    max_missing_share: Fraction = key(
+        0.1, "the run stops when a reward could not score more than this share of the samples"
+    )
+    servers: dict[str, Servers] = key(
+        {}, "reward name -> URLs of the servers that score it (python -m gardo.rewards.serve)"
+    )
+    client: RewardClientConfig = section(RewardClientConfig, "how servers are asked")
 
 
 class GateConfig(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +27,29 @@ class RewardSpec:
         value_range: smallest and largest possible score, None for an open end.
         needs_prompt: whether the score depends on the prompt or its metadata.
         batch_size: the largest batch that the reward wants to see at once; None for any.
+        dtype: what its callers convert the images to; None for any floating point dtype.
+        remote: whether it waits for a server rather than computes; it is then called from a
+            thread of its own.
     """
 
     higher_is_better: bool = True
     value_range: tuple[float | None, float | None] = (None, None)
     needs_prompt: bool = True
     batch_size: int | None = None
+    dtype: torch.dtype | None = None
+    remote: bool = False
+
+
+class RewardUnavailable(UserError):
+    """A reward that cannot go on scoring; the run stops with a checkpoint.
+
+    Attributes:
+        reward: its name.
+    """
+
+    def __init__(self, reward: str, message: str) -> None:
+        super().__init__(f"reward '{reward}': {message}")
+        self.reward = reward
 
 
 class Reward(ABC):
@@ -58,6 +76,15 @@ class Reward(ABC):
         """Return why this reward cannot judge the prompt, or None; asked at load time."""
         return None
 
+    def check_prompts(
+        self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> list[str | None]:
+        """`check_prompt` for many prompts; overridden where one question takes long."""
+        return [self.check_prompt(*pair) for pair in zip(prompts, metadata, strict=True)]
+
+    def interrupt(self) -> None:  # noqa: B027  # most rewards never wait
+        """Let calls that wait in another thread fail soon; later calls are as before."""
+
 
 # name -> "module:class"; a class is imported only when a recipe asks for it.
 _REGISTRY: dict[str, str] = {
@@ -70,21 +97,37 @@ _REGISTRY: dict[str, str] = {
 }
 
 
+ENTRY_POINTS = "gardo.rewards"
+"""The group of entry points by which installed packages add rewards."""
+
+
 def reward_names() -> list[str]:
-    """Names of the built-in rewards."""
-    return sorted(_REGISTRY)
+    """Names of the built-in rewards and of those that installed packages bring."""
+    return sorted(_all_rewards())
+
+
+def _all_rewards() -> dict[str, str]:
+    """Name -> Python path. A built-in name always means the built-in reward."""
+    found = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    return {**{e.name: f"{e.module}:{e.attr}" for e in found}, **_REGISTRY}
 
 
 def build_reward(name: str, device: torch.device | str = "cpu", **parameters: Any) -> Reward:
-    """Build a reward by registry name or by Python path ``module:attribute``.
+    """Build a reward by name (built in or an entry point) or Python path ``module:attribute``.
 
-    The attribute is called with ``device`` and the recipe's parameters and must return a `Reward`.
+    The attribute is a `Reward` class or a factory, called with ``device`` and the recipe's
+    parameters, or a plain function ``fn(images, prompts, metadata)`` that returns the scores (see
+    `gardo.rewards.functions`).
 
     Raises:
         UserError: unknown name, module or attribute, a refused parameter value, or a result that
             is no `Reward`.
     """
-    factory = load_factory("reward", name, _REGISTRY)
+    from gardo.rewards.functions import FunctionReward, is_scoring_function
+
+    factory = load_factory("reward", name, _all_rewards())
+    if is_scoring_function(factory):
+        return FunctionReward(name, factory, parameters)
     try:
         reward = factory(device=device, **parameters)
     except ValueError as error:

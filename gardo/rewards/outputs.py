@@ -1,0 +1,85 @@
+"""What rewards return, checked and joined: scores are one float32 per image, NaN where missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gardo.types import RewardOutput, UserError
+
+
+def to_scores(name: str, value: Any, count: int) -> Tensor:
+    """Check the scores of a batch and convert them.
+
+    Args:
+        name: of the reward, for the message.
+        value: a floating point tensor or array ``[count]``, or a list of as many numbers.
+        count: how many images were scored.
+
+    Returns:
+        ``[count]`` float32 without gradient. What is not finite is missing, hence NaN: an infinite
+        score would spoil its group's mean.
+
+    Raises:
+        UserError: anything else.
+    """
+    if isinstance(value, (list, tuple)):
+        strange = [v for v in value if isinstance(v, bool) or not isinstance(v, Real)]
+        if strange:
+            raise _unexpected(name, count, f"a list with {strange[0]!r}")
+        value = torch.tensor([float(v) for v in value], dtype=torch.float64)
+    elif isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        value = torch.from_numpy(value.astype(np.float64))
+    if not isinstance(value, Tensor):
+        kind = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value)
+        raise _unexpected(name, count, kind.__name__ if isinstance(kind, type) else kind)
+    if not value.is_floating_point():
+        raise _unexpected(name, count, f"a tensor of {value.dtype}")
+    if value.shape != (count,):
+        raise _unexpected(name, count, f"shape {list(value.shape)}")
+    scores = value.detach().float()
+    return scores.where(scores.isfinite(), torch.nan)
+
+
+def _unexpected(name: str, count: int, got: str) -> UserError:
+    return UserError(
+        f"reward '{name}': expected {count} scores, one per image, as a floating point tensor "
+        f"[{count}] or a list of numbers, got {got}"
+    )
+
+
+def check_output(name: str, output: Any, count: int) -> RewardOutput:
+    """Check what `Reward.score` returned for ``count`` images; scores and details as `to_scores`.
+
+    Raises:
+        UserError: not a `RewardOutput`, or wrong scores or details in it.
+    """
+    if not isinstance(output, RewardOutput):
+        raise UserError(f"reward '{name}': expected a RewardOutput, got {type(output).__name__}")
+    details = {key: to_scores(f"{name}/{key}", v, count) for key, v in output.details.items()}
+    return RewardOutput(to_scores(name, output.scores, count), details)
+
+
+def concatenate(outputs: Sequence[RewardOutput]) -> RewardOutput:
+    """Join the outputs of consecutive batches; a detail that a batch lacks is NaN there."""
+    names = dict.fromkeys(name for output in outputs for name in output.details)
+
+    def column(name: str) -> Tensor:
+        return torch.cat(
+            [o.details.get(name, torch.full_like(o.scores, torch.nan)) for o in outputs]
+        )
+
+    scores = [output.scores for output in outputs]
+    return RewardOutput(
+        torch.cat(scores) if scores else torch.zeros(0), {n: column(n) for n in names}
+    )
+
+
+def missing(count: int) -> RewardOutput:
+    """The output for ``count`` images that could not be scored."""
+    return RewardOutput(torch.full((count,), torch.nan))
