@@ -17,6 +17,7 @@ from gardo.evaluation.heldout import HeldOutEvaluator
 from gardo.models.adapters import POLICY, REFERENCE, build_adapters
 from gardo.models.embeddings import EmbeddingTable, embedding_cache
 from gardo.models.loading import load_model
+from gardo.rewards.overlap import ScoringWorker
 from gardo.rewards.scoring import RewardSet, ScoreBook
 from gardo.runtime.images import image_grid, save_grid
 from gardo.runtime.process import Runtime
@@ -141,7 +142,7 @@ class Trainer:
         }
 
     def roll_out_and_score(self, epoch: int, prompts: list[Prompt]) -> tuple[Rollout, ScoreBook]:
-        """Sample the epoch's images, each batch scored as soon as it is drawn."""
+        """Sample the epoch's images, each batch scored while the next one is drawn."""
         config, sampling = self.config, self.config.sampling
         plan = plan_epoch(
             config.prompts.per_epoch,
@@ -161,15 +162,15 @@ class Trainer:
         rollout, filled = self.sampler.rollout(
             plan, [p.text for p in prompts], table, config.seed, epoch, sampling.same_latent
         )
-        book, index = ScoreBook(), plan.prompt_index.tolist()
-        for rows in filled:
-            images = self.model.decode(rollout.latents[-1, rows])
+        index, names = plan.prompt_index.tolist(), self.rewards.training_names
+        with ScoringWorker(self.rewards, names, self.runtime.device) as worker:
+            for rows in filled:
+                images = self.model.decode(rollout.latents[-1, rows])
+                with self.progress.stage("score"):  # only the waiting: scoring overlaps sampling
+                    worker.submit(images, [prompts[i] for i in index[rows]])
+                self.progress.within_stage(rows.stop, len(rollout))
             with self.progress.stage("score"):
-                some = [prompts[i] for i in index[rows]]
-                features = self.rewards.features(images) if self.rewards.features else None
-                book.add(self.rewards.score(self.rewards.training_names, images, some), features)
-            self.progress.within_stage(rows.stop, len(rollout))
-        return rollout, book
+                return rollout, worker.collect()
 
     def training_data(self, epoch: int, rollout: Rollout, shaped: ShapedEpoch) -> TrainingData:
         """Choose the steps to train and run the reference on the gated rows."""

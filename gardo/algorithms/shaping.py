@@ -51,7 +51,8 @@ class Shaper:
         columns = []
         for name in self.rewards.training_names:
             scores = runtime.gather(book.scores(name), plan.sample_ids, total).double()
-            metrics |= reward_metrics(name, scores)
+            self.rewards.check_missing(name, scores)
+            metrics |= reward_metrics(name, scores, book.seconds_per_image(name))
             columns.append(self.rewards.maximised(name, scores))
         group_ids = torch.arange(total, device=columns[0].device) % plan.prompts
 

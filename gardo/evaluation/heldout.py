@@ -12,6 +12,7 @@ from gardo.config import Config
 from gardo.evaluation.metrics import feature_distance, mean_pairwise_distance
 from gardo.models.base import FlowModel
 from gardo.models.embeddings import EmbeddingTable
+from gardo.rewards.overlap import ScoringWorker
 from gardo.rewards.scoring import RewardSet, ScoreBook, reward_metrics
 from gardo.runtime.images import caption
 from gardo.runtime.rng import generator
@@ -70,17 +71,20 @@ class HeldOutEvaluator:
 
     @torch.inference_mode()
     def __call__(self) -> Evaluation:
-        book, kept = ScoreBook(), []
+        kept = []
         names, shown = self.rewards.all_names, min(self.config.grid_images, len(self.samples))
-        for rows in batches(slice(0, len(self.samples)), self.sampler.batch_size):
-            some = self.samples[rows]
-            images = self._draw(rows, [p.text for p in some])
-            features = self.rewards.features(images) if self.rewards.features else None
-            book.add(self.rewards.score(names, images, some), features)
-            kept.append(images[: max(0, shown - rows.start)].cpu())
+        with ScoringWorker(self.rewards, names, self.device) as worker:
+            for rows in batches(slice(0, len(self.samples)), self.sampler.batch_size):
+                some = self.samples[rows]
+                images = self._draw(rows, [p.text for p in some])
+                worker.submit(images, some)
+                kept.append(images[: max(0, shown - rows.start)].cpu())
+            book = worker.collect()
         metrics: dict[str, float] = {}
         for name in names:
-            metrics |= reward_metrics(name, book.scores(name))
+            scores = book.scores(name)
+            self.rewards.check_missing(name, scores)
+            metrics |= reward_metrics(name, scores, book.seconds_per_image(name))
         metrics |= self._feature_metrics(book.features())
         return Evaluation(metrics, torch.cat(kept), self._captions(book, shown))
 

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from gardo.config import RewardsConfig
-from gardo.rewards.base import Reward, build_reward, reward_names
+from gardo.rewards.base import Reward, RewardUnavailable, build_reward, reward_names
 from gardo.rewards.features import FeatureExtractor, build_features
-from gardo.types import Prompt, UserError
+from gardo.rewards.outputs import check_output, concatenate
+from gardo.types import Prompt, RewardOutput, UserError
+
+
+class MissingScores(RewardUnavailable):
+    """A reward that could not score more samples than ``rewards.max_missing_share`` allows."""
 
 
 class RewardSet:
@@ -22,66 +27,139 @@ class RewardSet:
         self.proxy, self.aux, self.held_out = config.proxy, list(config.aux), list(config.eval)
         self.training_names = [self.proxy, *self.aux]
         self.all_names = list(dict.fromkeys([*self.training_names, *self.held_out]))
-        self._rewards: dict[str, Reward] = {}
-        for name in self.all_names:
-            parameters = config.parameters.get(name, {})
-            try:
-                self._rewards[name] = build_reward(name, device, **parameters)
-            except TypeError as error:
-                if not parameters:
-                    raise
-                raise UserError(f"rewards.parameters.{name}: {error}") from None
-        # a recipe's parameters may stay when another reward is chosen, but a typo must not
-        unknown = config.parameters.keys() - {*self.all_names, *reward_names()}
-        if unknown:
-            raise UserError(
-                f"rewards.parameters: '{min(unknown)}' is not among the rewards of this run "
-                f"({', '.join(self.all_names)})"
-            )
+        self.max_missing_share = config.max_missing_share
+        self._check_names("parameters", config.parameters)
+        self._check_names("servers", config.servers)
+        self._rewards = {name: _build(name, config, device) for name in self.all_names}
         self.features: FeatureExtractor | None = (
             build_features(config.features, device) if config.features else None
         )
+
+    def _check_names(self, key: str, names: Iterable[str]) -> None:
+        # a recipe's settings may stay when another reward is chosen, but a typo must not
+        unknown = set(names) - {*self.all_names, *reward_names()}
+        if unknown:
+            raise UserError(
+                f"rewards.{key}: '{min(unknown)}' is not among the rewards of this run "
+                f"({', '.join(self.all_names)})"
+            )
 
     def __getitem__(self, name: str) -> Reward:
         return self._rewards[name]
 
     def check_prompts(self, prompts: Iterable[Prompt]) -> None:
-        """Refuse prompts that a reward of this run cannot judge, before anything is drawn."""
-        for number, prompt in enumerate(prompts, start=1):
-            for name, reward in self._rewards.items():
-                problem = reward.check_prompt(prompt.text, prompt.metadata)
-                if problem:
-                    raise UserError(f"prompt {number} {json.dumps(prompt.text)}: {name}: {problem}")
+        """Refuse prompts that a reward of this run cannot judge, before anything is drawn.
 
-    @torch.inference_mode()
+        Raises:
+            UserError: the first such prompt, with its number.
+        """
+        some = list(prompts)
+        texts, metadata = [p.text for p in some], [p.metadata for p in some]
+        problems = {name: r.check_prompts(texts, metadata) for name, r in self._rewards.items()}
+        for number, text in enumerate(texts, start=1):
+            for name, found in problems.items():
+                problem = found[number - 1]
+                if problem:
+                    raise UserError(f"prompt {number} {json.dumps(text)}: {name}: {problem}")
+
     def score(
         self, names: Sequence[str], images: Tensor, prompts: Sequence[Prompt]
     ) -> dict[str, Tensor]:
         """Score a batch with the named rewards.
 
-        Returns:
-            a ``[B]`` float32 tensor per name, NaN where a reward could not score.
-        """
-        return {name: self._score_one(name, images, prompts) for name in names}
+        Args:
+            names: rewards of this run.
+            images: ``[B, 3, H, W]`` float in [0, 1].
+            prompts: ``B`` prompts.
 
-    def _score_one(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        reward = self._rewards[name]
-        size = reward.spec.batch_size or len(images)
-        parts = []
-        for start in range(0, len(images), size):
-            some = prompts[start : start + size]
-            scores: Any = reward.score(
-                images[start : start + size], [p.text for p in some], [p.metadata for p in some]
-            ).scores
-            if not isinstance(scores, Tensor) or scores.shape != (len(some),):
-                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                raise UserError(f"reward '{name}': expected scores [{len(some)}], got {got}")
-            parts.append(scores.to(images.device, torch.float32))
-        return torch.cat(parts) if parts else images.new_zeros(0)
+        Returns:
+            a ``[B]`` float32 tensor per name on the device of ``images``, NaN where a reward could
+            not score.
+        """
+        return {name: self.score_one(name, images, prompts) for name in names}
+
+    def score_one(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """As `score` with a single reward: ``[B]`` float32."""
+        texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+        output = score_batch(name, self._rewards[name], images, texts, metadata)
+        return output.scores.to(images.device)
 
     def maximised(self, name: str, scores: Tensor) -> Tensor:
         """The scores, negated where lower is better."""
         return scores if self._rewards[name].spec.higher_is_better else -scores
+
+    def check_missing(self, name: str, scores: Tensor) -> None:
+        """Refuse to go on when a reward misses too many scores.
+
+        Args:
+            name: of the reward.
+            scores: ``[n]``, NaN where missing, of all processes.
+
+        Raises:
+            MissingScores: more than ``rewards.max_missing_share`` of the scores are missing.
+        """
+        count = int(scores.isnan().sum())
+        share = count / max(len(scores), 1)
+        if share > self.max_missing_share:
+            raise MissingScores(
+                name,
+                f"could not score {count} of {len(scores)} images ({share:.1%}); "
+                f"rewards.max_missing_share allows {self.max_missing_share:.1%}",
+            )
+
+
+def _build(name: str, config: RewardsConfig, device: torch.device) -> Reward:
+    parameters = config.parameters.get(name, {})
+    if name in config.servers:
+        from gardo.rewards.remote import RemoteReward
+
+        if parameters:
+            raise UserError(
+                f"rewards.parameters.{name}: the reward is scored by the servers of "
+                f"rewards.servers.{name}, which take its parameters when they start; give no "
+                "parameters here"
+            )
+        return RemoteReward(name, config.servers[name], config.client)
+    try:
+        return build_reward(name, device, **parameters)
+    except TypeError as error:
+        if not parameters:
+            raise
+        raise UserError(f"rewards.parameters.{name}: {error}") from None
+
+
+@torch.inference_mode()
+def score_batch(
+    name: str,
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+) -> RewardOutput:
+    """Score images with one reward, in the batches and the dtype that it prefers.
+
+    Args:
+        name: of the reward, for messages.
+        reward: what scores.
+        images: ``[B, 3, H, W]`` float in [0, 1]; ``B`` may be 0.
+        prompts: ``B`` texts.
+        metadata: ``B`` records.
+
+    Returns:
+        scores and details, each ``[B]`` float32; NaN where missing.
+
+    Raises:
+        UserError: the reward returned something else than a finite or missing number per image.
+    """
+    spec = reward.spec
+    if spec.dtype is not None:
+        images = images.to(spec.dtype)
+    outputs = []
+    for start in range(0, len(images), spec.batch_size or max(len(images), 1)):
+        rows = slice(start, start + (spec.batch_size or len(images)))
+        output = reward.score(images[rows], prompts[rows], metadata[rows])
+        outputs.append(check_output(name, output, len(images[rows])))
+    return concatenate(outputs) if outputs else RewardOutput(images.new_zeros(0).float())
 
 
 class ScoreBook:
@@ -90,10 +168,19 @@ class ScoreBook:
     def __init__(self) -> None:
         self._scores: dict[str, list[Tensor]] = {}
         self._features: list[Tensor] = []
+        self._seconds: dict[str, float] = {}
 
-    def add(self, scores: Mapping[str, Tensor], features: Tensor | None) -> None:
+    def add(
+        self,
+        scores: Mapping[str, Tensor],
+        features: Tensor | None,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        """Append a batch: scores ``[B]`` per reward, features ``[B, D]``, seconds per reward."""
         for name, values in scores.items():
             self._scores.setdefault(name, []).append(values)
+        for name, value in (seconds or {}).items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + value
         if features is not None:
             self._features.append(features)
 
@@ -105,13 +192,28 @@ class ScoreBook:
         """``[n, D]`` float32, or None without a feature extractor."""
         return torch.cat(self._features) if self._features else None
 
+    def seconds_per_image(self, name: str) -> float | None:
+        """What the reward took in this process, or None where it was not timed."""
+        count = sum(len(values) for values in self._scores.get(name, ()))
+        return self._seconds[name] / count if name in self._seconds and count else None
 
-def reward_metrics(name: str, scores: Tensor) -> dict[str, float]:
-    """Mean and standard deviation over the samples that were scored, and the share that was not."""
+
+def reward_metrics(
+    name: str, scores: Tensor, seconds_per_image: float | None = None
+) -> dict[str, float]:
+    """What an epoch's metrics say of a reward.
+
+    Returns:
+        mean and standard deviation over the samples that were scored, the share that was not, and
+        ``time/reward/<name>``, the seconds per image, where given.
+    """
     valid = scores[~scores.isnan()].double()
     spread = float(valid.std(unbiased=False)) if len(valid) else float("nan")
-    return {
+    metrics = {
         f"reward/{name}/mean": float(valid.mean()) if len(valid) else float("nan"),
         f"reward/{name}/std": spread,
         f"reward/{name}/missing": 1.0 - len(valid) / max(len(scores), 1),
     }
+    if seconds_per_image is not None:
+        metrics[f"time/reward/{name}"] = seconds_per_image
+    return metrics
