@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,10 +84,12 @@ def load_config(
         files: YAML files whose keys win over the recipe's.
         overrides: ``(dotted key, text)`` pairs that win over everything.
 
+    A recipe may name another one as its ``base`` and then holds only what differs.
+
     Raises:
         UserError: unknown recipe or key, wrong type or range, contradictory options.
     """
-    data = read_yaml(_recipe_path(recipe))
+    data = read_recipe(recipe)
     for file in files:
         _merge(data, read_yaml(file))
     for dotted, text in overrides:
@@ -116,6 +119,33 @@ def _recipe_path(recipe: str) -> Path:
     raise UserError(
         f"unknown recipe '{recipe}'{hint} (built in: {', '.join(recipe_names())}; or a YAML path)"
     )
+
+
+def read_recipe(recipe: str, derived: Sequence[Path] = ()) -> dict[str, Any]:
+    """Read a recipe on top of its ``base``, if it has one; lists replace, sections merge.
+
+    Args:
+        recipe: name of a built-in recipe, or path of a YAML file.
+        derived: files that led here by their ``base``, outermost first.
+
+    Raises:
+        UserError: unknown recipe, unreadable file, or recipes that are each other's base.
+    """
+    path = _recipe_path(recipe)
+    if path in derived:
+        chain = " -> ".join(f"'{p}'" for p in (*derived, path))
+        raise UserError(f"base: recipes are each other's base: {chain}")
+    data = read_yaml(path)
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise UserError(f"base: expected a recipe's name or path in '{path}', got {base!r}")
+    if base.endswith((".yaml", ".yml")):  # a path is relative to the file that names it
+        base = str(Path(os.path.normpath(path.parent / Path(base).expanduser())))
+    merged = read_recipe(base, (*derived, path))
+    _merge(merged, data)
+    return merged
 
 
 def validate(data: Mapping[str, Any]) -> Config:

@@ -1,0 +1,1 @@
+"""What an epoch of a recipe costs, before it is run: counts, memory, time and advice."""

@@ -1,0 +1,172 @@
+"""An estimate of the GPU memory that each stage of a run needs at its highest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gardo.config import Config
+from gardo.models.architectures import Architecture, Counts
+from gardo.planning.counts import EpochCounts
+from gardo.planning.simulation import DecodeCosts, SampleCosts
+
+GIB = 2**30
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+# CUDA context, cuBLAS and cuDNN workspaces; an assumption
+CONTEXT_BYTES = int(1.0 * GIB)
+# share of what torch allocates that the caching allocator cannot use; an assumption
+FRAGMENTATION = 0.05
+
+# Backbones of the built-in rewards and features: parameters, rounded, as published. They run in
+# half precision; rewards that share a backbone load it once. What is not listed runs on the CPU or
+# in a process of its own.
+_CLIP_L, _CLIP_H = ("CLIP ViT-L/14", 0.43e9), ("CLIP ViT-H/14", 0.99e9)
+_BACKBONES: dict[str, tuple[str, float]] = {
+    "aesthetic": _CLIP_L,
+    "clipscore": _CLIP_L,
+    "dinov3": ("DINOv3 ViT-L/16", 0.30e9),
+    "hpsv2": ("HPSv2 ViT-H/14", 0.99e9),
+    "hpsv3": ("Qwen2-VL-7B", 8.29e9),
+    "imagereward": ("BLIP-L", 0.45e9),
+    "pickscore": _CLIP_H,
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that occupies memory through the whole run, in bytes."""
+
+    name: str
+    bytes: float
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one GPU.
+
+    Attributes:
+        items: what stays through the run.
+        stages: highest use in each stage, everything included.
+        embedding_bytes: of one prompt's embeddings.
+    """
+
+    items: Sequence[Item]
+    stages: dict[str, float]
+    embedding_bytes: int
+
+    @property
+    def peak(self) -> float:
+        return max(self.stages.values())
+
+    @property
+    def worst_stage(self) -> str:
+        return max(self.stages, key=self.stages.__getitem__)
+
+
+def estimate_memory(
+    config: Config,
+    architecture: Architecture,
+    parameters: Counts,
+    counts: EpochCounts,
+    sample: SampleCosts,
+    decode: DecodeCosts,
+    prompts: int,
+) -> MemoryEstimate:
+    """Estimate the memory of one process.
+
+    Args:
+        prompts: distinct prompts of the run.
+    """
+    base = [
+        *_weights(config, parameters, sample.trainable, counts.processes),
+        Item("image decoder", parameters.vae * BYTES[config.model.vae_dtype or "fp32"]),
+        *reward_items(config),
+    ]
+    embedding = embedding_bytes(config, architecture)
+    latent = 4 * sample.latent_values
+    trajectory = (config.sampling.num_steps + 1) * latent
+    offload = config.sampling.offload_trajectories
+    kept = counts.rollout_batch if offload else counts.samples_per_process
+    gated = round(counts.samples_per_process * counts.gated_share)
+    during = [
+        *base,
+        Item("prompt embeddings", prompts * embedding),
+        Item("trajectories", kept * trajectory),
+        Item("reference velocities", 0 if offload else counts.trained_steps * gated * latent),
+    ]
+    working = counts.rollout_batch * sample.forward_bytes
+    if config.sampling.cuda_graph != "off":
+        during.append(Item("CUDA graph", working + counts.rollout_batch * trajectory))
+    held, start = _total(during), _total(base)
+    start += parameters.text_encoders * BYTES[config.precision]
+    training = counts.train_batch * activation_bytes(config, sample)
+    stages = {
+        "loading, with text encoders": start,
+        "rollout": held + working,
+        "decoding": held + decode.bytes,
+        "training": held + training,
+    }
+    return MemoryEstimate(
+        items=[item for item in during if item.bytes],
+        stages={n: b * (1 + FRAGMENTATION) + CONTEXT_BYTES for n, b in stages.items()},
+        embedding_bytes=embedding,
+    )
+
+
+def activation_bytes(config: Config, sample: SampleCosts) -> int:
+    """What a training forward and backward hold at their highest, per sample.
+
+    With checkpointing the blocks' inputs are kept and one block at a time is computed again.
+    """
+    if config.model.gradient_checkpointing:
+        saved = sample.saved_bytes_checkpointed + sample.block_bytes
+    else:
+        saved = sample.saved_bytes
+    return saved + sample.train_transient_bytes
+
+
+def embedding_bytes(config: Config, architecture: Architecture) -> int:
+    """Bytes of one prompt's embeddings, in the precision of the encoders."""
+    c = architecture.transformer
+    tokens = architecture.text_tokens + config.model.max_sequence_length
+    values = tokens * c["joint_attention_dim"] + c["pooled_projection_dim"]
+    return int(values * BYTES[config.precision])
+
+
+def reward_items(config: Config) -> list[Item]:
+    """Backbones of all rewards and of the feature extractor, each once."""
+    rewards = config.rewards
+    names = [rewards.proxy, *rewards.aux, *rewards.eval, rewards.features or ""]
+    backbones = dict(_BACKBONES[name] for name in names if name in _BACKBONES)
+    return [Item(name, 2 * count) for name, count in backbones.items()]
+
+
+def _weights(
+    config: Config, parameters: Counts, trainable: int, processes: int
+) -> list[Item]:
+    """Transformer, adapters and what the optimizer keeps: gradients and two moments in float32."""
+    average = 4 * trainable if config.train.ema else 0
+    # DDP keeps its own buckets of gradients
+    buckets = 4 * trainable if processes > 1 else 0
+    if config.model.full_finetune:
+        copies = 2 * 4 * (parameters.transformer + parameters.buffers)
+        low = parameters.transformer * BYTES[config.precision] if config.precision != "fp32" else 0
+        weights = [
+            Item("policy and reference, fp32", copies),
+            Item(f"autocast copies, {config.precision}", low),
+        ]
+    else:
+        total = parameters.transformer + parameters.buffers
+        weights = [
+            Item(f"transformer, {config.precision}", total * BYTES[config.precision]),
+            Item("LoRA of policy and reference", 2 * 4 * trainable),
+        ]
+    return [
+        *weights,
+        Item("average of the weights", average),
+        Item("gradients and AdamW", 12 * trainable + buckets),
+    ]
+
+
+def _total(items: Sequence[Item]) -> float:
+    return sum(item.bytes for item in items)
