@@ -61,7 +61,10 @@ class JudgeFeatures(FeatureExtractor):
 
 
 # name -> "module:class"; a class is imported only when a recipe asks for it.
-_REGISTRY: dict[str, str] = {"judge": "gardo.rewards.features:JudgeFeatures"}
+_REGISTRY: dict[str, str] = {
+    "judge": "gardo.rewards.features:JudgeFeatures",
+    "dinov3": "gardo.rewards.dinov3:DINOv3Features",
+}
 
 
 def feature_names() -> list[str]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gardo.rewards.objects import check_images
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -69,28 +71,41 @@ def transform_from_config(config: Mapping[str, Any], as_bytes: bool = True) -> I
         ValueError: it asks for a step that is not supported here.
     """
     for step in ("do_resize", "do_rescale", "do_normalize"):
-        if not config.get(step, True):
+        if config.get(step) is False:  # null stands for the default
             raise ValueError(f"{step}: expected true, got false")
     if config.get("do_pad"):
         raise ValueError("do_pad: expected false, got true")
-    if config.get("rescale_factor", 1 / 255) != 1 / 255:
-        raise ValueError(f"rescale_factor: expected 1/255, got {config['rescale_factor']}")
-    resample = config.get("resample", 3)
+    given = {key: value for key, value in config.items() if value is not None}
+    if given.get("rescale_factor", 1 / 255) != 1 / 255:
+        raise ValueError(f"rescale_factor: expected 1/255, got {given['rescale_factor']}")
+    resample = given.get("resample", 3)
     if resample not in FILTERS:
         raise ValueError(f"resample: expected 2 (bilinear) or 3 (bicubic), got {resample}")
-    size = _size(config.get("size", 224))
+    size = _size(given.get("size", 224))
     crop = None
-    if config.get("do_center_crop", "crop_size" in config):
-        side = _size(config.get("crop_size", 224))
+    if given.get("do_center_crop", "crop_size" in given):
+        side = _size(given.get("crop_size", 224))
         crop = (side, side) if isinstance(side, int) else side
     return ImageTransform(
         size=size,
         crop=crop,
         filter=FILTERS[resample],
-        mean=tuple(config.get("image_mean", CLIP_MEAN)),
-        std=tuple(config.get("image_std", CLIP_STD)),
+        mean=tuple(given.get("image_mean", CLIP_MEAN)),
+        std=tuple(given.get("image_std", CLIP_STD)),
         as_bytes=as_bytes,
     )
+
+
+def check_batch(images: Tensor, prompts: Sequence[str]) -> None:
+    """Refuse what is not a batch of images with a prompt each.
+
+    Raises:
+        TypeError: the images are not floating point.
+        ValueError: not of shape ``[B, 3, H, W]``, or not ``B`` prompts.
+    """
+    check_images(images)
+    if len(prompts) != len(images):
+        raise ValueError(f"prompts: expected {len(images)} prompts, got {len(prompts)}")
 
 
 def to_bytes(images: Tensor) -> Tensor:
