@@ -19,10 +19,14 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt with the metadata that rule-based rewards need (GenEval records, counts, ...)."""
+    """One prompt with the metadata that rule-based rewards need (GenEval records, counts, ...).
+
+    ``origin`` says where it was read, such as "train.txt, line 3", for error messages.
+    """
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = field(default="", compare=False)
 
 
 @dataclass

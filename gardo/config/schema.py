@@ -101,8 +101,16 @@ class ModelConfig(Section):
 
 
 class PromptsConfig(Section):
-    path: str | None = key(None, "prompt file: .txt (a prompt a line) or .jsonl")
-    generator: Literal["shapes"] | None = key(None, "built-in prompts, used where there is no path")
+    path: str | None = key(
+        None, "prompts: a .txt (a prompt a line) or .jsonl file, or a folder of them by split"
+    )
+    dataset: str | None = key(None, "prompts: Hugging Face data set, used where there is no path")
+    column: str = key("prompt", "column of the data set that has the prompts")
+    split: str = key("train", "which part of a folder, a data set or a generator: train, test")
+    generator: Literal["shapes", "geneval", "ocr", "counting"] | None = key(
+        None, "built-in prompts, used where there is neither path nor data set"
+    )
+    parameters: dict[str, Any] = key({}, "keyword arguments of the generator")
     per_epoch: Positive = key(8, "P, distinct prompts per epoch")
     group_size: Annotated[int, Field(ge=2)] = key(16, "G, samples per prompt")
 
@@ -256,8 +264,8 @@ class Config(Section):
 
 
 def _contradictions(c: Config) -> Iterator[str]:
-    if c.prompts.path is None and c.prompts.generator is None:
-        yield "prompts: expected prompts.path or prompts.generator, got neither"
+    if c.prompts.path is None and c.prompts.dataset is None and c.prompts.generator is None:
+        yield "prompts: expected prompts.path, prompts.dataset or prompts.generator, got none"
     samples = c.prompts.per_epoch * c.prompts.group_size
     if c.train.updates_per_epoch > samples:
         yield (

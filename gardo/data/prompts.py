@@ -1,4 +1,4 @@
-"""Prompts from files or built-in generators, and the order in which epochs draw them."""
+"""The prompts of a run, and the order in which epochs draw them."""
 
 from __future__ import annotations
 
@@ -9,74 +9,44 @@ from pathlib import Path
 import torch
 
 from gardo.config import PromptsConfig
+from gardo.data.files import read_prompts
+from gardo.data.generators import generate_prompts
+from gardo.data.hub import read_hub_prompts
 from gardo.runtime.rng import generator
-from gardo.tiny.scenes import all_scenes
 from gardo.types import Prompt, UserError
 
 
 def load_prompts(config: PromptsConfig) -> list[Prompt]:
-    """Load the prompts that a configuration names, distinct and in file order.
+    """Load the prompts that a configuration names, distinct and in their order.
+
+    A path goes before a data set, and this before a generator, so that a recipe with a generator
+    can be run on other prompts.
 
     Raises:
-        UserError: missing or malformed file (with the line), no prompt, fewer than ``per_epoch``.
+        UserError: missing or malformed source (with the line), no prompt, fewer than
+            ``per_epoch``.
     """
     if config.path is not None:
-        prompts = read_prompt_file(Path(config.path))
-        source = f"prompt file '{config.path}'"
-    else:
-        prompts = [Prompt(scene.prompt, scene.metadata) for scene in all_scenes()]
+        prompts = read_prompts(Path(config.path), config.split)
+        source = f"'{config.path}'"
+    elif config.dataset is not None:
+        prompts = read_hub_prompts(config.dataset, config.split, config.column)
+        source = f"data set '{config.dataset}'"
+    elif config.generator is not None:
+        prompts = generate_prompts(config.generator, config.split, config.parameters)
         source = f"prompt generator '{config.generator}'"
-    distinct = list(
-        {(p.text, json.dumps(dict(p.metadata), sort_keys=True)): p for p in prompts}.values()
-    )
+    else:
+        raise UserError("prompts: expected prompts.path, prompts.dataset or prompts.generator")
+    distinct: dict[tuple[str, str], Prompt] = {}
+    for prompt in prompts:
+        key = prompt.text, json.dumps(dict(prompt.metadata), sort_keys=True)
+        distinct.setdefault(key, prompt)
     if len(distinct) < config.per_epoch:
         raise UserError(
             f"prompts.per_epoch: expected at most the {len(distinct)} distinct prompts of "
             f"{source}, got {config.per_epoch}"
         )
-    return distinct
-
-
-def read_prompt_file(path: Path) -> list[Prompt]:
-    """Read a ``.txt`` file (a prompt a line) or ``.jsonl`` (objects with ``prompt`` and metadata).
-
-    Raises:
-        UserError: the file is missing, empty, not UTF-8, of another kind or malformed.
-    """
-    if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"prompt file '{path}': expected a .txt or .jsonl file")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"prompt file '{path}' does not exist") from None
-    except OSError as error:
-        raise UserError(f"prompt file '{path}' cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"prompt file '{path}', line {line}: expected UTF-8 text") from None
-    prompts = []
-    for number, row in enumerate(text.split("\n"), start=1):
-        if row.strip():
-            try:
-                prompts.append(
-                    _parse_record(row) if path.suffix == ".jsonl" else Prompt(row.strip())
-                )
-            except ValueError as error:
-                raise UserError(f"prompt file '{path}', line {number}: {error}") from None
-    if not prompts:
-        raise UserError(f"prompt file '{path}': expected at least one prompt, got an empty file")
-    return prompts
-
-
-def _parse_record(line: str) -> Prompt:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"expected a JSON object ({error.msg} at column {error.colno})") from None
-    text = record.pop("prompt", None) if isinstance(record, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError('expected a JSON object with a non-empty string "prompt"')
-    return Prompt(text, record)
+    return list(distinct.values())
 
 
 class PromptSampler:

@@ -51,16 +51,21 @@ class RewardSet:
         """Refuse prompts that a reward of this run cannot judge, before anything is drawn.
 
         Raises:
-            UserError: the first such prompt, with its number.
+            UserError: the first ten such prompts, each with its file and line or its number.
         """
         some = list(prompts)
         texts, metadata = [p.text for p in some], [p.metadata for p in some]
         problems = {name: r.check_prompts(texts, metadata) for name, r in self._rewards.items()}
-        for number, text in enumerate(texts, start=1):
-            for name, found in problems.items():
-                problem = found[number - 1]
-                if problem:
-                    raise UserError(f"prompt {number} {json.dumps(text)}: {name}: {problem}")
+        refused = [
+            f"{prompt.origin or f'prompt {number}'} {json.dumps(prompt.text)}: {name}: {problem}"
+            for number, prompt in enumerate(some, start=1)
+            for name, found in problems.items()
+            if (problem := found[number - 1])
+        ]
+        if len(refused) > 10:
+            refused[10:] = [f"... and {len(refused) - 10} more"]
+        if refused:
+            raise UserError("\n".join(refused))
 
     def score(
         self, names: Sequence[str], images: Tensor, prompts: Sequence[Prompt]

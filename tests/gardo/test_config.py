@@ -96,7 +96,7 @@ def test_override_values(key, text, value):
         ([("prompts.per_epoch", "0")], "prompts.per_epoch: expected greater than or equal to 1"),
         (
             [("prompts.generator", "null")],
-            "expected prompts.path or prompts.generator, got neither",
+            "expected prompts.path, prompts.dataset or prompts.generator, got none",
         ),
         ([("rewards.aux", "[count]")], "'count' is the proxy and cannot judge itself"),
         ([("rewards.aux", "[]")], "needs at least one auxiliary reward"),
