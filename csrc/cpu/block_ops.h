@@ -42,8 +42,4 @@ double sum_squared_scaled_difference(float a, const float* p, float b, const flo
 double sum_squares(const float* x, std::int64_t n);
 double sum_abs(const float* x, std::int64_t n);
 
-// The normals of elements [offset, offset + n) of a row; offset is a multiple of 4.
-void philox_normal(std::uint64_t seed, std::int64_t row, std::int64_t offset, std::int64_t n,
-                   float* out);
-
 }  // namespace gardo

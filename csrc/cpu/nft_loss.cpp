@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "blocks.h"
+#include "huge_pages.h"
 
 namespace gardo {
 namespace {
@@ -94,6 +95,7 @@ void nft_loss_cpu(const NftLossParams& p) {
 }
 
 void nft_backward_cpu(const NftBackwardParams& p) {
+  prefer_huge_pages(p.grad_velocity, p.tensors.extent);
   const NftTensors& t = p.tensors;
   for_each_block(t.extent,
                  [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t, Scratch& s) {

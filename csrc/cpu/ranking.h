@@ -8,7 +8,7 @@
 namespace gardo {
 
 // Fewer samples are done before a second thread has woken up.
-constexpr std::int64_t kParallelSamples = 4096;
+constexpr std::int64_t kParallelSamples = 1024;
 
 // The valid ones of `members`, sorted by reward (best first if `descending`), equal rewards in the
 // order of `members`; returns their number. `ranked` and `scratch` hold n entries.

@@ -1,13 +1,17 @@
 #include "sde_step.h"
 
 #include "blocks.h"
+#include "huge_pages.h"
 #include "log_prob.h"
+#include "noise.h"
 
 namespace gardo {
 
 using std::int64_t;
 
 void sde_step_cpu(const SdeStepParams& p) {
+  prefer_huge_pages({p.prev_sample, DType::kFloat32}, p.extent);
+  prefer_huge_pages({p.mean, DType::kFloat32}, p.extent);
   RowSums squares(p.extent);
   const std::uint64_t seed = p.seed == nullptr ? 0 : static_cast<std::uint64_t>(*p.seed);
   for_each_block(p.extent, [&](int64_t row, int64_t offset, int64_t element, int64_t n,
@@ -46,6 +50,8 @@ void sde_log_prob_cpu(const SdeLogProbParams& p) {
 }
 
 void affine_backward_cpu(const AffineBackwardParams& p) {
+  prefer_huge_pages(p.grad_velocity, p.extent);
+  prefer_huge_pages(p.grad_velocity_uncond, p.extent);
   for_each_block(
       p.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t, Scratch& s) {
         const float alpha = p.alpha[row];

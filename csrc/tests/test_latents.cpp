@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../cpu/blocks.h"
+#include "../cpu/noise.h"
 #include "grpo_loss.h"
 #include "nft_loss.h"
 #include "sde_step.h"

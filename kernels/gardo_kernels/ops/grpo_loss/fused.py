@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gardo_kernels._operators import below_autograd, differentiable_operator, kernels
+from gardo_kernels._operators import below_autograd, differentiable_operator, keep, kernels
 from gardo_kernels.ops.sde.coefficients import SDECoefficients
 from gardo_kernels.ops.sde.fused import velocity_grad
 
@@ -71,7 +71,7 @@ class _Loss(torch.autograd.Function):
         velocity, sample, prev, _, _, a, b, *_, ref, _, _, uncond, scale, backend = args
         loss, *rest = below_autograd(_grpo_loss, *args)
         *_, alpha, beta = rest
-        ctx.save_for_backward(velocity, sample, prev, a, b, alpha, beta, ref, uncond)
+        keep(ctx, velocity, sample, prev, a, b, alpha, beta, ref, uncond)
         ctx.guidance_scale, ctx.backend = scale, backend
         ctx.mark_non_differentiable(*rest)
         return loss, *rest

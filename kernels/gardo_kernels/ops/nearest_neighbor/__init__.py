@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gardo_kernels import _backends, _checks
-from gardo_kernels._operators import kernels
+from gardo_kernels._operators import kernels, operator
 from gardo_kernels.ops.nearest_neighbor import faiss
 
 __all__ = ["nearest_neighbor_distance"]
@@ -32,17 +31,18 @@ def _largest_group(group_ids: Tensor) -> int:
     return int(group_ids.unique(return_counts=True)[1].max())
 
 
-@torch.library.custom_op("gardo::nearest_neighbor_distance", mutates_args=())
-def _distance(features: Tensor, group_ids: Tensor, backend: str) -> Tensor:
+def _kernel(features: Tensor, group_ids: Tensor, backend: str) -> Tensor:
     if backend == _BY_GROUP_SIZE:
         backend = "faiss" if _largest_group(group_ids) >= _FAISS_FROM else "native"
     run = kernels("nearest_neighbor", backend)
     return run.nearest_neighbor_distance(features, group_ids).to(_checks.compute_dtype(features))
 
 
-@_distance.register_fake
-def _(features: Tensor, group_ids: Tensor, backend: str) -> Tensor:
+def _fake(features: Tensor, group_ids: Tensor, backend: str) -> Tensor:
     return features.new_empty(features.shape[0], dtype=_checks.compute_dtype(features))
+
+
+_distance = operator("nearest_neighbor_distance", _kernel, _fake)
 
 
 def nearest_neighbor_distance(

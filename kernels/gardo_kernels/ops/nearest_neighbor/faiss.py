@@ -10,10 +10,13 @@ from torch import Tensor
 
 from gardo_kernels.ops.nearest_neighbor.reference import normalized
 
+# Looked up once: a search of the import path takes as long as the distances of a small group.
+_HAS_FAISS = importlib.util.find_spec("faiss") is not None
+
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Availability of faiss; it takes tensors of any device through host memory."""
-    if importlib.util.find_spec("faiss") is None:
+    if not _HAS_FAISS:
         return "faiss is not installed (pip install faiss-cpu, or faiss-gpu on a CUDA machine)"
     return None
 

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gardo_kernels._operators import below_autograd, differentiable_operator, kernels
+from gardo_kernels._operators import (
+    below_autograd,
+    differentiable_operator,
+    keep,
+    kernels,
+    operator,
+)
 
 
 def _kernel(
@@ -46,8 +52,7 @@ def _fake(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return empty(), empty(2), empty(3, velocity.shape[0])
 
 
-@torch.library.custom_op("gardo::nft_grad", mutates_args=())
-def _nft_grad(
+def _grad_kernel(
     grad: Tensor,
     velocity: Tensor,
     old_velocity: Tensor,
@@ -64,9 +69,11 @@ def _nft_grad(
     )
 
 
-@_nft_grad.register_fake
-def _(grad: Tensor, velocity: Tensor, *rest: Any) -> Tensor:
+def _grad_fake(grad: Tensor, velocity: Tensor, *rest: Any) -> Tensor:
     return velocity.new_empty(velocity.shape)
+
+
+_nft_grad = operator("nft_grad", _grad_kernel, _grad_fake)
 
 
 class _Loss(torch.autograd.Function):
@@ -74,7 +81,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         velocity, old_velocity, x0, xt, t, _, beta, _, _, ref, _, backend = args
         loss, stats, weights = below_autograd(_nft_loss, *args)
-        ctx.save_for_backward(velocity, old_velocity, x0, xt, t, weights, ref)
+        keep(ctx, velocity, old_velocity, x0, xt, t, weights, ref)
         ctx.beta, ctx.backend = beta, backend
         ctx.mark_non_differentiable(stats, weights)
         return loss, stats, weights

@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gardo_kernels._operators import below_autograd, differentiable_operator, kernels
+from gardo_kernels._operators import (
+    below_autograd,
+    differentiable_operator,
+    keep,
+    kernels,
+    operator,
+)
 from gardo_kernels.ops.sde.coefficients import SDECoefficients
 
 
-@torch.library.custom_op("gardo::sde_step", mutates_args=())
-def _sde_step(
+def _step_kernel(
     velocity: Tensor,
     sample: Tensor,
     a: Tensor,
@@ -35,14 +40,15 @@ def _sde_step(
     )
 
 
-@_sde_step.register_fake
-def _(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _step_fake(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     prev = velocity.new_empty(velocity.shape, dtype=torch.float32)
     return prev, velocity.new_empty(velocity.shape[0], dtype=torch.float32), torch.empty_like(prev)
 
 
-@torch.library.custom_op("gardo::velocity_grad", mutates_args=())
-def velocity_grad(
+_sde_step = operator("sde_step", _step_kernel, _step_fake)
+
+
+def _grad_kernel(
     grad: Tensor,
     velocity: Tensor,
     sample: Tensor,
@@ -77,8 +83,7 @@ def velocity_grad(
     return by_velocity, velocity.new_empty(0) if by_uncond is None else by_uncond
 
 
-@velocity_grad.register_fake
-def _(
+def _grad_fake(
     grad: Tensor,
     velocity: Tensor,
     sample: Tensor,
@@ -96,6 +101,9 @@ def _(
     if velocity_uncond is None:
         return by_velocity, velocity.new_empty(0)
     return by_velocity, velocity_uncond.new_empty(velocity.shape)
+
+
+velocity_grad = operator("velocity_grad", _grad_kernel, _grad_fake)
 
 
 def _log_prob_kernel(
@@ -123,7 +131,7 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         velocity, sample, prev, a, b, scale, _, uncond, ctx.guidance_scale, ctx.backend = args
-        ctx.save_for_backward(velocity, sample, prev, a, b, scale, uncond)
+        keep(ctx, velocity, sample, prev, a, b, scale, uncond)
         return below_autograd(_sde_log_prob, *args)
 
     @staticmethod
@@ -154,16 +162,16 @@ def sde_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``prev_sample, log_prob, mean`` by the kernels of ``backend``."""
     return _sde_step(
-        velocity,
-        sample,
+        velocity.detach(),
+        sample.detach(),
         coef.a,
         coef.b,
         coef.c,
         coef.scale,
         coef.offset,
-        noise,
+        None if noise is None else noise.detach(),
         seed,
-        velocity_uncond,
+        None if velocity_uncond is None else velocity_uncond.detach(),
         guidance_scale,
         backend,
     )

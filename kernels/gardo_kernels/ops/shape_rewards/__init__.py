@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gardo_kernels import _backends, _checks, _native
+from gardo_kernels._operators import operator
 from gardo_kernels.ops.shape_rewards import reference
 
 __all__ = ["ShapedRewards", "shape_rewards"]
@@ -34,8 +35,7 @@ BACKENDS: dict[str, _backends.Availability] = {
 }
 
 
-@torch.library.custom_op("gardo::shape_rewards", mutates_args=())
-def _shape_rewards(
+def _kernel(
     proxy: Tensor,
     aux: Tensor,
     group_ids: Tensor,
@@ -61,11 +61,13 @@ def _shape_rewards(
     return reference.shape_rewards(proxy, aux, group_ids, distance, share, *options)
 
 
-@_shape_rewards.register_fake
-def _(proxy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(proxy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     advantage, uncertainty = torch.empty_like(proxy), torch.empty_like(proxy)
     mask = torch.empty_like(proxy, dtype=torch.bool)
     return advantage, uncertainty, mask, proxy.new_empty(()), proxy.new_empty(())
+
+
+_shape_rewards = operator("shape_rewards", _kernel, _fake)
 
 
 def shape_rewards(
@@ -128,6 +130,8 @@ def shape_rewards(
         proxy64, aux64, group_ids, distance64, number, tensor, advantage_norm, gate, scope, chosen
     )
     dtype = _checks.compute_dtype(proxy)
+    if dtype == torch.float64:
+        return ShapedRewards(advantage, uncertainty, mask, threshold, mean)
     return ShapedRewards(
         advantage.to(dtype), uncertainty.to(dtype), mask, threshold.to(dtype), mean.to(dtype)
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gardo_kernels import _backends, _checks, _native
+from gardo_kernels._operators import operator
 from gardo_kernels.ops.win_rate import reference
 
 __all__ = ["win_rate"]
@@ -18,17 +19,18 @@ BACKENDS: dict[str, _backends.Availability] = {
 }
 
 
-@torch.library.custom_op("gardo::win_rate", mutates_args=())
-def _win_rate(rewards: Tensor, group_ids: Tensor | None, backend: str) -> Tensor:
+def _kernel(rewards: Tensor, group_ids: Tensor | None, backend: str) -> Tensor:
     if backend == "native":
         ids = None if group_ids is None else group_ids.contiguous()
         return _native.win_rate(rewards.contiguous(), ids)
     return reference.win_rate(rewards, group_ids)
 
 
-@_win_rate.register_fake
-def _(rewards: Tensor, group_ids: Tensor | None, backend: str) -> Tensor:
+def _fake(rewards: Tensor, group_ids: Tensor | None, backend: str) -> Tensor:
     return torch.empty_like(rewards)
+
+
+_win_rate = operator("win_rate", _kernel, _fake)
 
 
 def win_rate(
