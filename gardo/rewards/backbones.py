@@ -89,22 +89,20 @@ class ClipBackbone:
             if new and len(self._texts) + len(new) > MAX_CACHED_TEXTS:
                 self._texts.clear()
                 new = list(dict.fromkeys(texts))
-            if new:
-                self._texts.update(zip(new, self._encode(new), strict=True))
+            # one at a time: in a batch the last bits depend on the neighbours, and a resumed run,
+            # which starts with nothing remembered, would not repeat the scores of the first
+            self._texts.update((text, self._encode(text)) for text in new)
             return torch.stack([self._texts[text] for text in texts])
 
-    def _encode(self, texts: list[str]) -> Tensor:
+    def _encode(self, text: str) -> Tensor:
         tokens = self.tokenizer(
-            texts,
-            padding=True,
+            [text],
             truncation=True,
             max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.device)
-        pooled = self.model.text_model(
-            input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        ).pooler_output
-        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+        pooled = self.model.text_model(input_ids=tokens["input_ids"]).pooler_output
+        return F.normalize(self.model.text_projection(pooled)[0].float(), dim=-1)
 
 
 def clip_backbone(

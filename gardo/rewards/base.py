@@ -94,6 +94,14 @@ _REGISTRY: dict[str, str] = {
     "strict_count": "gardo.rewards.shapes:StrictCountReward",
     "artifact": "gardo.rewards.shapes:ArtifactReward",
     "judge": "gardo.rewards.judge:JudgeReward",
+    "pickscore": "gardo.rewards.pickscore:PickScoreReward",
+    "clipscore": "gardo.rewards.clipscore:CLIPScoreReward",
+    "aesthetic": "gardo.rewards.aesthetic:AestheticReward",
+    "hpsv2": "gardo.rewards.hpsv2:HPSv2Reward",
+    "imagereward": "gardo.rewards.imagereward:ImageRewardReward",
+    "hpsv3": "gardo.rewards.vlm:HPSv3Reward",
+    "unifiedreward": "gardo.rewards.vlm:UnifiedRewardReward",
+    "deqa": "gardo.rewards.deqa:DeQAReward",
 }
 
 
