@@ -56,12 +56,12 @@ class RewardSet:
         some = list(prompts)
         texts, metadata = [p.text for p in some], [p.metadata for p in some]
         problems = {name: r.check_prompts(texts, metadata) for name, r in self._rewards.items()}
-        refused = [
-            f"{prompt.origin or f'prompt {number}'} {json.dumps(prompt.text)}: {name}: {problem}"
-            for number, prompt in enumerate(some, start=1)
-            for name, found in problems.items()
-            if (problem := found[number - 1])
-        ]
+        refused = []
+        for row, prompt in enumerate(some):
+            found = [f"{name}: {told[row]}" for name, told in problems.items() if told[row]]
+            if found:  # the first reward that refuses it stands for all
+                where = prompt.origin or f"prompt {row + 1}"
+                refused.append(f"{where} {json.dumps(prompt.text)}: {found[0]}")
         if len(refused) > 10:
             refused[10:] = [f"... and {len(refused) - 10} more"]
         if refused:
