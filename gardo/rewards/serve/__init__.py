@@ -1,0 +1,1 @@
+"""Rewards as an HTTP service: ``python -m gardo.rewards.serve --rewards geneval,ocr``."""
