@@ -70,8 +70,10 @@ def parse(argv: Sequence[str], program: str, description: str) -> Arguments | No
     )
     options = parser.parse_args(positional)
     if options.list:
-        for name in recipe_names():
-            print(f"{name:<28}{recipe_description(name)}")
+        names = recipe_names()
+        width = max(map(len, names)) + 2
+        for name in names:
+            print(f"{name:<{width}}{recipe_description(name)}")
         return None
     return Arguments(load_config(options.recipe, options.config, overrides), options.print_config)
 

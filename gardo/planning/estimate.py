@@ -57,9 +57,7 @@ class Planner:
 
     def counts(self, config: Config) -> EpochCounts:
         """Samples, rows and batches of an epoch."""
-        return count_epoch(
-            config, self.processes, self.architecture.model_class.embedded_guidance
-        )
+        return count_epoch(config, self.processes, self.architecture.model_class.embedded_guidance)
 
     def decode(self, config: Config) -> DecodeCosts:
         """Costs of decoding a rollout batch with the configuration's options."""
@@ -99,9 +97,9 @@ class Planner:
             train=peak / work,
             decode=decoder / self.decode(config).flops,
             source=(
-                f"counted FLOPs at an assumed {utilization:.0%} of the peak of a "
-                f"{gpu.name} ({gpu.flops(config.precision) / 1e12:.0f} TFLOP/s, "
-                f"{config.precision}); not measured"
+                f"counted FLOPs at an assumed {utilization:.0%} of the data sheet's "
+                f"{gpu.flops(config.precision) / 1e12:.0f} TFLOP/s ({gpu.name}, "
+                f"{config.precision}); not measured, and too fast for small models"
             ),
         )
 

@@ -77,31 +77,31 @@ def estimate_memory(
     Args:
         prompts: distinct prompts of the run.
     """
-    base = [
-        *_weights(config, parameters, sample.trainable, counts.processes),
+    frozen = [
         Item("image decoder", parameters.vae * BYTES[config.model.vae_dtype or "fp32"]),
         *reward_items(config),
+        Item("prompt embeddings", prompts * embedding_bytes(config, architecture)),
     ]
-    embedding = embedding_bytes(config, architecture)
     latent = 4 * sample.latent_values
     trajectory = (config.sampling.num_steps + 1) * latent
     offload = config.sampling.offload_trajectories
     kept = counts.rollout_batch if offload else counts.samples_per_process
     gated = round(counts.samples_per_process * counts.gated_share)
     during = [
-        *base,
-        Item("prompt embeddings", prompts * embedding),
+        *_weights(config, parameters, sample.trainable, counts.processes),
+        *frozen,
         Item("trajectories", kept * trajectory),
         Item("reference velocities", 0 if offload else counts.trained_steps * gated * latent),
     ]
     working = counts.rollout_batch * sample.forward_bytes
     if config.sampling.cuda_graph != "off":
         during.append(Item("CUDA graph", working + counts.rollout_batch * trajectory))
-    held, start = _total(during), _total(base)
-    start += parameters.text_encoders * BYTES[config.precision]
+    held = _total(during)
+    # no adapters and no optimizer yet, but the text encoders
+    loaded = parameters.transformer + parameters.buffers + parameters.text_encoders
     training = counts.train_batch * activation_bytes(config, sample)
     stages = {
-        "loading, with text encoders": start,
+        "loading, with text encoders": loaded * BYTES[config.precision] + _total(frozen),
         "rollout": held + working,
         "decoding": held + decode.bytes,
         "training": held + training,
@@ -109,7 +109,7 @@ def estimate_memory(
     return MemoryEstimate(
         items=[item for item in during if item.bytes],
         stages={n: b * (1 + FRAGMENTATION) + CONTEXT_BYTES for n, b in stages.items()},
-        embedding_bytes=embedding,
+        embedding_bytes=embedding_bytes(config, architecture),
     )
 
 
@@ -141,9 +141,7 @@ def reward_items(config: Config) -> list[Item]:
     return [Item(name, 2 * count) for name, count in backbones.items()]
 
 
-def _weights(
-    config: Config, parameters: Counts, trainable: int, processes: int
-) -> list[Item]:
+def _weights(config: Config, parameters: Counts, trainable: int, processes: int) -> list[Item]:
     """Transformer, adapters and what the optimizer keeps: gradients and two moments in float32."""
     average = 4 * trainable if config.train.ema else 0
     # DDP keeps its own buckets of gradients

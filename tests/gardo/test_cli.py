@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from gardo import cli
+from gardo.config import recipe_names
 from gardo.train import main
 
 
@@ -41,7 +42,7 @@ def test_help_is_quick_and_needs_no_torch():
 def test_list_and_print_config():
     listed = run("--list")
     assert listed.returncode == 0
-    assert listed.stdout.startswith("tiny ")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == recipe_names()
     printed = run("tiny", "--print-config", "--train.learning_rate", "1e-5", "--seed=7")
     config = yaml.safe_load(printed.stdout)
     assert (config["train"]["learning_rate"], config["seed"]) == (1e-5, 7)
