@@ -1,8 +1,8 @@
 """A reward that is scored by one or several servers (``python -m gardo.rewards.serve``).
 
-What can pass (no connection, no answer in time, status 408, 429, 502, 503 or 504) is tried on the next
-server and, after all of them, again with growing pauses. Where a server answers but cannot score
-some images, only these are missing. A request that is refused is a mistake and ends the run.
+What can pass (no connection, no answer in time, status 408, 429, 502, 503 or 504) is tried on the
+next server and, after all of them, again with growing pauses. Where a server answers but cannot
+score some images, only these are missing. A request that is refused is a mistake and ends the run.
 """
 
 from __future__ import annotations
@@ -140,10 +140,8 @@ class RemoteReward(Reward):
         problems: list[str | None] = []
         for start in range(0, len(prompts), PROMPTS_PER_CHECK):
             rows = slice(start, start + PROMPTS_PER_CHECK)
-            request = {
-                "prompts": list(prompts[rows]),
-                "metadata": [dict(m) for m in metadata[rows]],
-            }
+            texts = list(prompts[rows])
+            request = {"prompts": texts, "metadata": [dict(m) for m in metadata[rows]]}
             try:
                 body = protocol.to_json(request)
                 path = f"/v1/check/{self._path}"
@@ -155,7 +153,7 @@ class RemoteReward(Reward):
             except _CannotScore as error:
                 raise RewardUnavailable(self.name, str(error)) from None
             found = answer.get("problems")
-            if not isinstance(found, list) or len(found) != len(request["prompts"]):
+            if not isinstance(found, list) or len(found) != len(texts):
                 raise UserError(f"reward '{self.name}': its server gave no answer about prompts")
             problems += [None if problem is None else str(problem) for problem in found]
         return problems

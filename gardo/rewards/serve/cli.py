@@ -90,13 +90,13 @@ def serve(options: argparse.Namespace) -> None:
             f"the reward server needs the package '{error.name}': pip install 'gardo[serve]'"
         ) from None
 
+    listener = _bind(options.host, options.port)
     from gardo.rewards.serve.app import create_app
     from gardo.rewards.serve.protocol import Limits
     from gardo.rewards.serve.service import Service
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     limits = Limits(int(options.max_body_mb * 2**20), options.max_images, options.max_side)
-    listener = _bind(options.host, options.port)
     service = Service(
         names,
         parameters,
