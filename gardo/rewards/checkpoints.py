@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable, Hashable
@@ -169,6 +170,56 @@ def load_file(path: str, repository: str, name: str, revision: str | None = None
     return Path(_told(path, name, lambda: hf_hub_download(path, name, revision=revision)))
 
 
+def load_folder(path: str, revision: str | None = None) -> Path:
+    """The folder of a whole repository: ``path`` itself, or fetched from the hub (no code in it).
+
+    Raises:
+        UserError: no such folder, or the hub refuses it.
+    """
+    path = check_path(path)
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.bin", "*.model"]
+    return Path(
+        _told(
+            path,
+            "the repository",
+            lambda: snapshot_download(path, revision=revision, allow_patterns=wanted),
+        )
+    )
+
+
+def load_shards(folder: Path) -> dict[str, Tensor]:
+    """All weights of a folder in transformers' format, in one file or several.
+
+    Raises:
+        UserError: no weights, a file of the index is missing, or one cannot be read.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"'{index}' is no index of weights: {error!r}") from None
+        elif (folder / name).is_file():
+            files = [name]
+        else:
+            continue
+        absent = [file for file in files if not (folder / file).is_file()]
+        if absent:
+            raise UserError(f"'{folder}': no '{absent[0]}' in it, which its index names")
+        state: dict[str, Tensor] = {}
+        for file in files:
+            state.update(load_weights(folder / file))
+        return state
+    raise UserError(
+        f"'{folder}': no model.safetensors or pytorch_model.bin in it, whole or in parts"
+    )
+
+
 def load_weights(file: Path) -> dict[str, Any]:
     """The contents of a ``.safetensors`` or ``.pt``/``.pth`` file, on the CPU; runs no code in it.
 
@@ -193,8 +244,16 @@ def load_weights(file: Path) -> dict[str, Any]:
     return state
 
 
-def load_state(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> None:
+def load_state(
+    model: torch.nn.Module, state: dict[str, Tensor], file: Path, assign: bool = False
+) -> None:
     """Fill a module with a state dict in which every key has its place and none is missing.
+
+    Args:
+        model: what is filled.
+        state: the weights.
+        file: where they come from, for the message.
+        assign: let the module have the tensors themselves instead of copies of their values.
 
     Raises:
         UserError: unknown or missing keys, or another shape.
@@ -215,7 +274,7 @@ def load_state(model: torch.nn.Module, state: dict[str, Tensor], file: Path) -> 
                 f"'{file}': '{key}': expected shape {list(expected[key].shape)}, "
                 f"got {list(tensor.shape)}"
             )
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=assign)
 
 
 def check_path(path: str) -> str:
@@ -242,7 +301,7 @@ def _told(path: str, part: str, load: Callable[[], T]) -> T:
 
     try:
         return load()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         chain = _causes(error)
         if any(isinstance(cause, GatedRepoError) for cause in chain):
             raise UserError(
