@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,7 @@ class DeQAReward(Reward):
         self.device = torch.device(device)
         key = ("deqa", path, revision, processor, str(self.device), compute)
         self.scorer = shared(
-            key, lambda: load_deqa(path, revision, processor or path, self.device, compute)
+            key, lambda: load_deqa(path, revision, processor, self.device, compute)
         )
 
     @torch.inference_mode()
@@ -133,7 +134,7 @@ def pad_to_square(images: Tensor, color: Sequence[float]) -> Tensor:
 def load_deqa(
     path: str,
     revision: str | None,
-    processor: str,
+    processor: str | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> DeQAScorer:
@@ -143,9 +144,9 @@ def load_deqa(
         UserError: see `DeQAReward`.
     """
     folder = load_folder(path, revision)
+    files = load_folder(processor) if processor else folder
+    words = _load_tokenizer(files)
     model = _load_model(folder, path, dtype)
-    at = revision if processor == path else None
-    words = load_part("LlamaTokenizer", processor, at)
 
     def ids(text: str) -> list[int]:
         found: list[int] = words(text, add_special_tokens=False)["input_ids"]
@@ -156,7 +157,7 @@ def load_deqa(
     vocabulary = len(model.lm_head.weight)
     if len(known) != len(LEVELS) or max(known) >= vocabulary:
         raise UserError(
-            f"'{processor}': expected a tokenizer in which {', '.join(LEVELS)} begin with five "
+            f"'{files}': expected a tokenizer in which {', '.join(LEVELS)} begin with five "
             f"different tokens below {vocabulary}, got {levels}"
         )
 
@@ -165,11 +166,25 @@ def load_deqa(
 
     return DeQAScorer(
         model=model.to(device).eval().requires_grad_(False),
-        transform=load_transform(processor, at),
+        transform=load_transform(str(files)),
         before=tensor([words.bos_token_id, *ids(BEFORE)]),
         after=tensor(ids(AFTER)),
         levels=tensor([level[0] for level in levels]),
     )
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer.json").is_file():  # transformers converts a tokenizer.model
+        for package in ("sentencepiece", "google.protobuf"):
+            try:
+                importlib.import_module(package)
+            except ModuleNotFoundError:
+                name = package.removeprefix("google.")
+                raise UserError(
+                    f"'{folder}': reading its tokenizer.model needs the package '{name}': "
+                    "pip install 'gardo[rewards]'"
+                ) from None
+    return load_part("LlamaTokenizer", str(folder))
 
 
 def _load_model(folder: Path, path: str, dtype: torch.dtype) -> MPlugOwl2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import string
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -342,3 +343,13 @@ def test_wrong_checkpoints_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "words" / "preprocessor_config.json").write_text("{}")
     with pytest.raises(UserError, match="five different tokens"):
         build_reward("deqa", path=str(folder), processor=str(tmp_path / "words"))
+
+
+def test_a_tokenizer_of_sentencepiece_names_the_package(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = changed(folder, tmp_path / "a")
+    (Path(path) / "tokenizer.json").rename(Path(path) / "tokenizer.model")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match=r"needs the package 'sentencepiece': pip install 'gardo\["):
+        build_reward("deqa", path=path)
