@@ -25,12 +25,12 @@ CONFIG = RewardClientConfig(retries=0, timeout=60.0, startup_timeout=60.0)
 class Client(threading.Thread):
     """Asks for one of two rewards with images, prompts and sizes that no other request has."""
 
-    def __init__(self, number: int, url: str, end: float) -> None:
+    def __init__(self, number: int, url: str) -> None:
         super().__init__(name=f"client-{number}")
         self.random = random.Random(number)
         name = toy("corner") if number % 2 else toy("length")
         self.reward = RemoteReward(name, [url], CONFIG)
-        self.end, self.requests, self.images = end, 0, 0
+        self.end, self.requests, self.images = 0.0, 0, 0
         self.wrong: list[tuple[list[float], list[float]]] = []
         self.slowest = 0.0
 
@@ -61,9 +61,10 @@ def test_no_score_is_lost_or_mixed_up() -> None:
     try:
         with toys.serving(f"{toy('corner')},{toy('length')}") as server:
             RemoteReward(toy("corner"), [server.url], CONFIG)  # waits until it is ready
+            clients = [Client(number, server.url) for number in range(CLIENTS)]
             end = time.monotonic() + SECONDS
-            clients = [Client(number, server.url, end) for number in range(CLIENTS)]
             for client in clients:
+                client.end = end
                 client.start()
             for client in clients:
                 client.join(SECONDS + 90)
