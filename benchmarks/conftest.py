@@ -58,8 +58,7 @@ def measure(benchmark: Any, copy_bandwidth: float) -> Callable[..., None]:
         benchmark.group = group
         peak = peak_bytes(synchronized)
         benchmark.pedantic(synchronized, rounds=15, iterations=1, warmup_rounds=3)
-        # The fastest round: other work on the machine only ever adds time.
-        seconds = benchmark.stats.stats.min
+        seconds = benchmark.stats.stats.median
         benchmark.extra_info.update(
             device=DEVICE,
             threads=torch.get_num_threads(),

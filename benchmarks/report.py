@@ -21,11 +21,11 @@ def table(results: dict[str, Any]) -> str:
         groups[entry["group"]].append(entry)
     lines = [_COLUMNS, "|" + "---|" * 8]
     for name, entries in groups.items():
-        times = {e["extra_info"]["variant"]: e["stats"]["min"] for e in entries}
+        times = {e["extra_info"]["variant"]: e["stats"]["median"] for e in entries}
         base = times.get("eager", times.get("host numpy", times.get("reference")))
         for entry in entries:
             info = entry["extra_info"]
-            seconds = entry["stats"]["min"]
+            seconds = entry["stats"]["median"]
             speed_up = f"{base / seconds:.1f}x" if base else ""
             lines.append(
                 f"| {name} | {info['variant']} | {seconds * 1e3:.3f} ms | {speed_up} "

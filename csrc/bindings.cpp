@@ -151,8 +151,7 @@ void shape_rewards_cuda(const py::kwargs& kwargs) {
 }
 #endif
 
-void win_rate(const py::kwargs& kwargs) {
-  const Args args(kwargs);
+gardo::WinRateParams win_rate_params(const Args& args) {
   gardo::WinRateParams p{};
   p.num_rewards = args.value<int64_t>("num_rewards");
   p.num_samples = args.value<int64_t>("num_samples");
@@ -163,9 +162,27 @@ void win_rate(const py::kwargs& kwargs) {
   p.groups = args.array<const int64_t>("group_ids", false);
   p.num_threads = args.threads();
   p.rate = args.array<double>("rate", any);
+  return p;
+}
+
+void win_rate(const py::kwargs& kwargs) {
+  const gardo::WinRateParams p = win_rate_params(Args(kwargs));
   const py::gil_scoped_release released;
   gardo::win_rate_cpu(p);
 }
+
+#ifdef GARDO_WITH_CUDA
+void win_rate_cuda(const py::kwargs& kwargs) {
+  const Args args(kwargs);
+  gardo::WinRateCudaParams p{};
+  p.common = win_rate_params(args);
+  p.workspace = args.array<void>("workspace", false);
+  p.workspace_size = args.value<int64_t>("workspace_size");
+  p.stream = args.array<void>("stream", false);  // 0 is the default stream
+  const py::gil_scoped_release released;
+  gardo::win_rate_cuda(p);
+}
+#endif
 
 void nearest_neighbor(const py::kwargs& kwargs) {
   const Args args(kwargs);
@@ -350,6 +367,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef GARDO_WITH_CUDA
   m.def("shape_rewards_cuda", &shape_rewards_cuda);
   m.def("shape_rewards_cuda_workspace", &gardo::shape_rewards_cuda_workspace);
+  m.def("win_rate_cuda", &win_rate_cuda);
+  m.def("win_rate_cuda_workspace", &gardo::win_rate_cuda_workspace);
 #endif
   m.def("win_rate", &win_rate);
   m.def("nearest_neighbor", &nearest_neighbor);

@@ -100,11 +100,17 @@ const float* load_block(ConstLatents tensor, int64_t offset, int64_t n, float* s
   return scratch;
 }
 
+float* block_target(Latents tensor, int64_t offset, float* scratch) {
+  return tensor.dtype == DType::kFloat32 ? static_cast<float*>(tensor.data) + offset : scratch;
+}
+
 void store_block(const float* values, Latents tensor, int64_t offset, int64_t n) {
   switch (tensor.dtype) {
-    case DType::kFloat32:
-      std::copy(values, values + n, static_cast<float*>(tensor.data) + offset);
+    case DType::kFloat32: {
+      float* out = static_cast<float*>(tensor.data) + offset;
+      if (values != out) std::copy(values, values + n, out);
       break;
+    }
     case DType::kFloat16:
       narrow_half(values, n, static_cast<uint16_t*>(tensor.data) + offset);
       break;

@@ -17,6 +17,8 @@ constexpr std::int64_t kBlock = 1024;  // a multiple of 4, which the noise relie
 
 // The block as float32: a pointer into the tensor itself where it is float32, else into `scratch`.
 const float* load_block(ConstLatents tensor, std::int64_t offset, std::int64_t n, float* scratch);
+// Where to write a block that store_block then stores: the tensor itself where it is float32.
+float* block_target(Latents tensor, std::int64_t offset, float* scratch);
 void store_block(const float* values, Latents tensor, std::int64_t offset, std::int64_t n);
 
 // out = uncond + scale * (cond - uncond)

@@ -20,8 +20,11 @@ inline std::int64_t blocks_per_row(const Extent& e) {
 // Fewer blocks are done before a second thread has woken up.
 constexpr std::int64_t kFewBlocks = 16;
 
+// A backward pass begins where the forward pass ended, with what is still in the cache.
+enum class Order { kForward, kBackward };
+
 // Calls body(row, offset in the tensors, element in the row, size, index of the block, scratch).
-template <typename Body>
+template <Order order = Order::kForward, typename Body>
 void for_each_block(const Extent& e, const Body& body) {
   const std::int64_t per_row = blocks_per_row(e);
   const std::int64_t total = e.rows * per_row;
@@ -32,7 +35,8 @@ void for_each_block(const Extent& e, const Body& body) {
   {
     Scratch scratch;
 #pragma omp for schedule(dynamic, share)
-    for (std::int64_t index = 0; index < total; ++index) {
+    for (std::int64_t i = 0; i < total; ++i) {
+      const std::int64_t index = order == Order::kForward ? i : total - 1 - i;
       const std::int64_t row = index / per_row;
       const std::int64_t element = (index % per_row) * kBlock;
       const std::int64_t n = std::min(kBlock, e.row_size - element);

@@ -210,7 +210,7 @@ void nearest_of_small_group(Group& group, const int64_t* next, const int64_t* en
   for (int64_t i = 0; i < m; ++i) group.prepare_row(i);
   group.finish_rows();
   for (int64_t first = 0; first < m; first += kTileRows) {
-    for (int64_t col = first; col < m; col += kTileCols) {
+    for (int64_t col = first + 1; col < m; col += kTileCols) {
       if (next < end) group.prefetch(*next++);
       group.visit_tile(first, col, true);
     }

@@ -97,16 +97,17 @@ void nft_loss_cpu(const NftLossParams& p) {
 void nft_backward_cpu(const NftBackwardParams& p) {
   prefer_huge_pages(p.grad_velocity, p.tensors.extent);
   const NftTensors& t = p.tensors;
-  for_each_block(t.extent,
-                 [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t, Scratch& s) {
-                   const float* v = errors(t, row, offset, n, s, s.p, s.v);
-                   affine(p.grad_positive[row], s.p, p.grad_negative[row], s.v, n, s.r);
-                   if (t.ref_velocity.data != nullptr && p.grad_kl[row] != 0.0f) {
-                     const float* ref = load_block(t.ref_velocity, offset, n, s.w);
-                     add_scaled_difference(p.grad_kl[row], v, ref, n, s.r);
-                   }
-                   store_block(s.r, p.grad_velocity, offset, n);
-                 });
+  for_each_block<Order::kBackward>(
+      t.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t, Scratch& s) {
+        const float* v = errors(t, row, offset, n, s, s.p, s.v);
+        float* grad = block_target(p.grad_velocity, offset, s.r);
+        affine(p.grad_positive[row], s.p, p.grad_negative[row], s.v, n, grad);
+        if (t.ref_velocity.data != nullptr && p.grad_kl[row] != 0.0f) {
+          const float* ref = load_block(t.ref_velocity, offset, n, s.w);
+          add_scaled_difference(p.grad_kl[row], v, ref, n, grad);
+        }
+        store_block(grad, p.grad_velocity, offset, n);
+      });
 }
 
 }  // namespace gardo

@@ -52,11 +52,12 @@ void sde_log_prob_cpu(const SdeLogProbParams& p) {
 void affine_backward_cpu(const AffineBackwardParams& p) {
   prefer_huge_pages(p.grad_velocity, p.extent);
   prefer_huge_pages(p.grad_velocity_uncond, p.extent);
-  for_each_block(
+  for_each_block<Order::kBackward>(
       p.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t, Scratch& s) {
         const float alpha = p.alpha[row];
         const float beta = p.beta == nullptr ? 0.0f : p.beta[row];
-        float* grad = s.r;
+        const bool guided = p.velocity.uncond.data != nullptr;
+        float* grad = guided ? s.r : block_target(p.grad_velocity, offset, s.r);
         if (alpha == 0.0f && beta == 0.0f) {
           std::fill(grad, grad + n, 0.0f);
         } else {
@@ -72,14 +73,16 @@ void affine_backward_cpu(const AffineBackwardParams& p) {
             add_scaled_difference(beta, v, load_block(p.ref_velocity, offset, n, s.w), n, grad);
           }
         }
-        if (p.velocity.uncond.data == nullptr) {
+        if (!guided) {
           store_block(grad, p.grad_velocity, offset, n);
           return;
         }
-        scale(p.velocity.guidance_scale, grad, n, s.p);
-        store_block(s.p, p.grad_velocity, offset, n);
-        scale(1.0f - p.velocity.guidance_scale, grad, n, s.p);
-        store_block(s.p, p.grad_velocity_uncond, offset, n);
+        float* cond = block_target(p.grad_velocity, offset, s.p);
+        scale(p.velocity.guidance_scale, grad, n, cond);
+        store_block(cond, p.grad_velocity, offset, n);
+        float* uncond = block_target(p.grad_velocity_uncond, offset, s.p);
+        scale(1.0f - p.velocity.guidance_scale, grad, n, uncond);
+        store_block(uncond, p.grad_velocity_uncond, offset, n);
       });
 }
 

@@ -7,23 +7,17 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cub/device/device_radix_sort.cuh>
-#include <cub/device/device_select.cuh>
 #include <limits>
 #include <stdexcept>
 
 #include "launch.cuh"
 #include "shape_rewards.h"
 #include "shape_rewards_kernel.cuh"
+#include "sorting.cuh"
 
 namespace gardo {
 namespace sorted {
 
-using Index = std::uint32_t;
-using Key = std::uint64_t;
-
-constexpr Key kMissing = ~Key{0};  // after the key of every finite number
-constexpr int kThreads = 256;
 constexpr std::int64_t kGroupBlocks = 1024;  // at most; each takes one group after the other
 
 // Temporary arrays; `counters` holds the number of groups and of valid samples.
@@ -46,38 +40,6 @@ struct Workspace {
   double* moments;           // [2] of the batch: mean, standard deviation
   void* cub;
   std::size_t cub_bytes;
-};
-
-inline std::size_t cub_bytes(std::int64_t n) {
-  std::size_t pairs = 0, keys = 0, select = 0;
-  check(cub::DeviceRadixSort::SortPairs(
-      nullptr, pairs, static_cast<const Key*>(nullptr), static_cast<Key*>(nullptr),
-      static_cast<const Index*>(nullptr), static_cast<Index*>(nullptr), n));
-  check(cub::DeviceRadixSort::SortKeys(nullptr, keys, static_cast<const Key*>(nullptr),
-                                       static_cast<Key*>(nullptr), n));
-  check(cub::DeviceSelect::Flagged(nullptr, select, static_cast<const Index*>(nullptr),
-                                   static_cast<const std::uint8_t*>(nullptr),
-                                   static_cast<Index*>(nullptr), static_cast<Index*>(nullptr), n));
-  return pairs > keys ? (pairs > select ? pairs : select) : (keys > select ? keys : select);
-}
-
-// Hands out aligned pieces of the caller's memory; with a null base it only adds up the sizes.
-class Pieces {
- public:
-  explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <typename T>
-  T* take(std::int64_t count) {
-    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * static_cast<std::int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return piece;
-  }
-
-  std::int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  std::int64_t used_ = 0;
 };
 
 inline Workspace carve(Pieces& pieces, std::int64_t n) {
@@ -107,40 +69,6 @@ inline std::int64_t workspace_bytes(std::int64_t n) {
   Pieces pieces(nullptr);
   carve(pieces, n);
   return pieces.used();
-}
-
-__device__ inline Key key_of(double value) {
-  const Key raw = static_cast<Key>(__double_as_longlong(value + 0.0));  // -0 becomes 0
-  return raw >> 63 != 0 ? ~raw : raw | (Key{1} << 63);
-}
-
-// First position in the ascending keys[begin, end) whose key is not below (above) `key`.
-__device__ inline Index lower_bound(const Key* keys, Index begin, Index end, Key key) {
-  while (begin < end) {
-    const Index middle = begin + (end - begin) / 2;
-    if (keys[middle] < key) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
-}
-
-__device__ inline Index upper_bound(const Key* keys, Index begin, Index end, Key key) {
-  while (begin < end) {
-    const Index middle = begin + (end - begin) / 2;
-    if (keys[middle] <= key) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
-}
-
-__device__ inline Index position() {
-  return blockIdx.x * kThreads + threadIdx.x;
 }
 
 __global__ void prepare(const ShapeRewardsParams p, Workspace w) {
@@ -239,12 +167,6 @@ __global__ void reward_keys(const ShapeRewardsParams p, Workspace w, std::int64_
   w.key_in[i] = descending && w.valid[i] ? ~key : key;
 }
 
-// After the sort by reward: the groups of the sorted samples, for a second, stable sort.
-__global__ void regroup_keys(Index n, Workspace w) {
-  const Index q = position();
-  if (q < n) w.key_regroup[q] = w.group_key[w.order[q]];
-}
-
 // Adds the score of reward k to the gap of each sample. Without groups the sorted keys are key_out
 // and `order`; with groups position q of the regrouped order is position regroup[q] of those.
 __global__ void add_scores(const ShapeRewardsParams p, Workspace w, std::int64_t k, bool grouped) {
@@ -268,12 +190,6 @@ __global__ void add_scores(const ShapeRewardsParams p, Workspace w, std::int64_t
   w.gap[i] += (k == 0 ? p.num_aux : -1) * score;
 }
 
-// The rewards' keys in the regrouped order.
-__global__ void gather_keys(Index n, Workspace w) {
-  const Index q = position();
-  if (q < n) w.key_in[q] = w.key_out[w.regroup[q]];
-}
-
 // Uncertainty of each sample, and the key of a non-negative one.
 __global__ void uncertainties(const ShapeRewardsParams p, Workspace w) {
   const Index i = position();
@@ -287,10 +203,6 @@ __global__ void uncertainties(const ShapeRewardsParams p, Workspace w) {
   }
   p.uncertainty[i] = u;
   w.key_in[i] = w.valid[i] && u >= 0.0 ? key_of(u) : kMissing;
-}
-
-__device__ inline double value_of(Key key) {
-  return __longlong_as_double(static_cast<long long>(key ^ (Key{1} << 63)));
 }
 
 // One block: threshold and mean of the sorted non-negative uncertainties.
@@ -325,13 +237,6 @@ __global__ void write_gate(const ShapeRewardsParams p, Workspace w) {
   p.gate[i] = gated;
 }
 
-inline void sort_pairs(const Workspace& w, const Key* keys_in, Key* keys_out, const Index* in,
-                       Index* out, std::int64_t n, cudaStream_t stream) {
-  std::size_t bytes = w.cub_bytes;
-  check(
-      cub::DeviceRadixSort::SortPairs(w.cub, bytes, keys_in, keys_out, in, out, n, 0, 64, stream));
-}
-
 inline void shape(const ShapeRewardsCudaParams& params) {
   const ShapeRewardsParams& p = params.common;
   const std::int64_t n = p.num_samples;
@@ -347,7 +252,7 @@ inline void shape(const ShapeRewardsCudaParams& params) {
 
   check(cudaMemsetAsync(w.counters, 0, 2 * sizeof(Index), stream));
   launch(prepare, blocks, kThreads, 0, stream, p, w);
-  sort_pairs(w, w.group_key, w.sorted_group, w.iota, w.by_group, n, stream);
+  sort_pairs(w.cub, w.cub_bytes, w.group_key, w.sorted_group, w.iota, w.by_group, n, stream);
   launch(find_edges, blocks, kThreads, 0, stream, size, w);
   std::size_t bytes = w.cub_bytes;
   check(cub::DeviceSelect::Flagged(w.cub, bytes, w.iota, w.group_edge, w.start, w.counters, n,
@@ -361,12 +266,12 @@ inline void shape(const ShapeRewardsCudaParams& params) {
   const bool grouped = p.scope == RankScope::kGroup;
   for (std::int64_t k = 0; p.num_aux > 0 && k <= p.num_aux; ++k) {
     launch(reward_keys, blocks, kThreads, 0, stream, p, w, k);
-    sort_pairs(w, w.key_in, w.key_out, w.iota, w.order, n, stream);
+    sort_pairs(w.cub, w.cub_bytes, w.key_in, w.key_out, w.iota, w.order, n, stream);
     if (grouped) {
-      launch(regroup_keys, blocks, kThreads, 0, stream, size, w);
+      launch(gather, blocks, kThreads, 0, stream, size, w.group_key, w.order, w.key_regroup);
       // The sorted group keys are known already; key_in is free to receive them again.
-      sort_pairs(w, w.key_regroup, w.key_in, w.iota, w.regroup, n, stream);
-      launch(gather_keys, blocks, kThreads, 0, stream, size, w);
+      sort_pairs(w.cub, w.cub_bytes, w.key_regroup, w.key_in, w.iota, w.regroup, n, stream);
+      launch(gather, blocks, kThreads, 0, stream, size, w.key_out, w.regroup, w.key_in);
     }
     launch(add_scores, blocks, kThreads, 0, stream, p, w, k, grouped);
   }

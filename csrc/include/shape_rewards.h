@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "launch_limits.h"
+
 namespace gardo {
 
 enum class AdvantageNorm : int { kNone = 0, kGroupStd = 1, kGlobalStd = 2 };
@@ -47,8 +49,6 @@ std::int64_t shape_rewards_cuda_workspace(std::int64_t num_samples, std::int64_t
 
 // One launch up to kOneLaunchSamples samples, sorting above. Throws std::runtime_error with CUDA's
 // message when a launch fails, std::invalid_argument for a workspace that is too small.
-constexpr std::int64_t kOneLaunchSamples = 4096;
-constexpr std::int64_t kOneLaunchAux = 16;
 void shape_rewards_cuda(const ShapeRewardsCudaParams& params);
 
 }  // namespace gardo

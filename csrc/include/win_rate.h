@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "launch_limits.h"
+
 namespace gardo {
 
 struct WinRateParams {
@@ -16,5 +18,17 @@ struct WinRateParams {
 };
 
 void win_rate_cpu(const WinRateParams& params);
+
+// As ShapeRewardsCudaParams: device memory, enqueued on `stream`, capturable.
+struct WinRateCudaParams {
+  WinRateParams common;
+  void* workspace;  // win_rate_cuda_workspace(N) bytes, 256-byte aligned
+  std::int64_t workspace_size;
+  void* stream;
+};
+
+// 0 where one launch is enough: up to kOneLaunchSamples samples (launch_limits.h).
+std::int64_t win_rate_cuda_workspace(std::int64_t num_samples);
+void win_rate_cuda(const WinRateCudaParams& params);
 
 }  // namespace gardo

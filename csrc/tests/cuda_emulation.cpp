@@ -1,6 +1,7 @@
 // Runs the CUDA kernels on the CPU (see cuda_shim/) and compares them with the CPU kernels, which
 // the Python tests compare with the float64 reference.
 #include "../cuda/shape_rewards.cu"
+#include "../cuda/win_rate.cu"
 
 #include <cmath>
 #include <cstdio>
@@ -131,6 +132,42 @@ int compare(std::int64_t n, std::int64_t num_aux, std::int64_t groups, Kernel ke
   return failures;
 }
 
+int compare_win_rates(std::int64_t n, std::int64_t num_rewards, Kernel kernel) {
+  const Case c = random_case(n, num_rewards, 3, static_cast<unsigned>(n));
+  int failures = 0;
+  for (const bool grouped : {false, true}) {
+    std::vector<double> want(c.aux.size(), -1.0), got(c.aux.size(), -1.0);
+    gardo::WinRateParams cpu{};
+    cpu.rewards = c.aux.data();
+    cpu.groups = grouped ? c.groups.data() : nullptr;
+    cpu.num_rewards = num_rewards;
+    cpu.num_samples = n;
+    cpu.num_threads = 1;
+    cpu.rate = want.data();
+    gardo::win_rate_cpu(cpu);
+    gardo::WinRateCudaParams gpu{};
+    gpu.common = cpu;
+    gpu.common.rate = got.data();
+    if (kernel == Kernel::kOneLaunch) {
+      gardo::win_rate_cuda(gpu);
+    } else {
+      gardo::sorted::Pieces pieces(nullptr);
+      gardo::divide(pieces, n);
+      std::vector<char> workspace(pieces.used(), 0x5a);
+      gpu.workspace = workspace.data();
+      gardo::rank_by_sorting(gpu, nullptr);
+    }
+    for (std::size_t i = 0; i < want.size(); ++i) {
+      const bool both_missing = std::isnan(want[i]) && std::isnan(got[i]);
+      if (want[i] == got[i] || both_missing) continue;
+      ++failures;
+      std::fprintf(stderr, "FAILED: win rate %zu of %lld, grouped=%d: %g, expected %g\n", i,
+                   static_cast<long long>(n), grouped, got[i], want[i]);
+    }
+  }
+  return failures;
+}
+
 }  // namespace
 
 int main() {
@@ -141,6 +178,10 @@ int main() {
   for (const std::int64_t n : {1, 300}) failures += compare(n, 3, 4, Kernel::kSorted);
   failures += compare(20, 0, 3, Kernel::kOneLaunch);
   failures += compare(20, 0, 3, Kernel::kSorted);
+  for (const std::int64_t n : {1, 40, 130}) {
+    failures += compare_win_rates(n, 3, Kernel::kOneLaunch);
+    failures += compare_win_rates(n, 3, Kernel::kSorted);
+  }
   if (failures != 0) return EXIT_FAILURE;
   std::puts("emulated CUDA kernels agree with the CPU kernels");
   return EXIT_SUCCESS;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -97,43 +98,60 @@ def shape_rewards(
 def _shape_rewards_cuda(
     core: ModuleType, arguments: dict[str, Any], fraction: float | Tensor, device: torch.device
 ) -> None:
-    reason = cuda_unavailable_reason()
-    if reason is not None:
-        raise RuntimeError(f"backend 'native' is not available on {device}: {reason}")
+    _require_cuda(device)
     held = fraction.reshape(()) if isinstance(fraction, Tensor) else None
-    with torch.cuda.device(device):
-        size = core.shape_rewards_cuda_workspace(arguments["num_samples"], arguments["num_aux"])
-        # Freed on return: PyTorch's allocator hands it out again in the order of the stream.
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        core.shape_rewards_cuda(
-            **arguments,
-            device_fraction=array("fraction", held, torch.float64, (), device),
-            workspace=workspace.data_ptr(),
-            workspace_size=size,
-            stream=torch.cuda.current_stream(device).cuda_stream,
-        )
+    size = core.shape_rewards_cuda_workspace(arguments["num_samples"], arguments["num_aux"])
+    share = array("fraction", held, torch.float64, (), device)
+    _enqueue(core.shape_rewards_cuda, device, size, device_fraction=share, **arguments)
 
 
 def win_rate(rewards: Tensor, group_ids: Tensor | None = None) -> Tensor:
     """Share of the others that each sample beats, a tie counting one half, ``[K, N]`` float64.
 
     ``rewards`` is ``[K, N]`` float64, ``group_ids`` ``[N]`` int64 (None: one group). NaN stays NaN
-    and is no one's rival; a sample without others has 0.5.
+    and is no one's rival; a sample without others has 0.5. On a GPU as :func:`shape_rewards`.
     """
     core = require_core()
+    device = rewards.device
     if rewards.dim() != 2:
         raise ValueError(f"rewards: expected shape [K, N], got {list(rewards.shape)}")
     num_rewards, samples = rewards.shape
     rate = torch.empty_like(rewards)
-    core.win_rate(
-        rewards=array("rewards", rewards, torch.float64, (num_rewards, samples)),
-        group_ids=array("group_ids", group_ids, torch.int64, (samples,)),
-        num_rewards=num_rewards,
-        num_samples=samples,
-        num_threads=torch.get_num_threads(),
-        rate=rate.data_ptr(),
-    )
+    arguments: dict[str, Any] = {
+        "rewards": array("rewards", rewards, torch.float64, (num_rewards, samples), device),
+        "group_ids": array("group_ids", group_ids, torch.int64, (samples,), device),
+        "num_rewards": num_rewards,
+        "num_samples": samples,
+        "num_threads": torch.get_num_threads(),
+        "rate": rate.data_ptr(),
+    }
+    if device.type == "cpu":
+        core.win_rate(**arguments)
+    else:
+        _require_cuda(device)
+        _enqueue(core.win_rate_cuda, device, core.win_rate_cuda_workspace(samples), **arguments)
     return rate
+
+
+def _require_cuda(device: torch.device) -> None:
+    reason = cuda_unavailable_reason() if device.type == "cuda" else "it knows CPU and CUDA"
+    if reason is not None:
+        raise RuntimeError(f"backend 'native' is not available on {device}: {reason}")
+
+
+def _enqueue(
+    function: Callable[..., None], device: torch.device, workspace_bytes: int, **arguments: Any
+) -> None:
+    """Call a CUDA function of the core on the current stream, with a workspace."""
+    with torch.cuda.device(device):
+        # Freed on return: PyTorch's allocator hands it out again in the order of the stream.
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        function(
+            **arguments,
+            workspace=workspace.data_ptr(),
+            workspace_size=workspace_bytes,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+        )
 
 
 def nearest_neighbor_distance(features: Tensor, group_ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The CUDA `shape_rewards` against the reference. Without a GPU its logic is tested by running the
+"""The CUDA `shape_rewards` and `win_rate` against the reference. Without a GPU its logic is tested by running the
 kernels on a CPU: `make asan` (csrc/tests/cuda_emulation.cpp)."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import gardo_kernels as gk
 from gardo_kernels import _native
 from gardo_kernels.ops.shape_rewards import reference
 
@@ -50,6 +51,16 @@ def test_matches_the_reference(cuda: torch.device, samples: int, num_aux: int) -
         for value, repeated, expected in zip(got, again, want, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
             assert torch.equal(value, repeated)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("samples", [1, 33, 4096, 4097, 9216])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_win_rate_matches_the_reference(cuda: torch.device, samples: int, grouped: bool) -> None:
+    _, rewards, ids, _ = case(samples, 3, cuda)
+    got = gk.win_rate(rewards, ids if grouped else None, backend="native")
+    want = gk.win_rate(rewards, ids if grouped else None, backend="reference")
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu

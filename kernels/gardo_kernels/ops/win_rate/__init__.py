@@ -14,7 +14,7 @@ __all__ = ["win_rate"]
 
 #: Backends by name, best first.
 BACKENDS: dict[str, _backends.Availability] = {
-    "native": _backends.native_cpu_any_dtype,
+    "native": _backends.native_any_device,
     "reference": _backends.always,
 }
 
