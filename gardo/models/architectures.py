@@ -82,7 +82,8 @@ def architecture_of(config: ModelConfig) -> Architecture:
     for name, hub_id in _HUB.items():
         if config.path == hub_id:
             return architecture(name)
-    if config.path.count("/") == 1 and not Path(config.path).is_dir():
+    on_hub = config.path.count("/") == 1 and not config.path.startswith((".", "/", "~"))
+    if on_hub and not Path(config.path).is_dir():
         raise UserError(
             f"model.path '{config.path}': its architecture is not tabulated (known: "
             f"{', '.join(_HUB.values())}); download it and give the folder"

@@ -95,13 +95,13 @@ def as_text(plan: Plan) -> str:
         ),
         "",
         "TRANSFORMER ROWS PER EPOCH, all processes",
-        _row("rollout", c.rollout_rows, f"forward, {c.num_steps} steps{_guidance(c)}"),
+        _row("rollout", c.rollout_rows, f"{c.num_steps} steps{_guidance(c)}"),
         _row(
             "reference",
             c.reference_rows,
-            f"forward, {c.trained_steps} steps, {c.gated_share:.1%} gated (expected)",
+            f"{c.trained_steps} steps, {c.gated_share:.1%} gated (expected)",
         ),
-        _row("training", c.train_rows, f"forward and backward, {c.trained_steps} steps"),
+        _row("training", c.train_rows, f"{c.trained_steps} steps, forward and backward"),
         "",
         *_memory(plan),
         "",
@@ -157,7 +157,7 @@ def _changes(plan: Plan) -> list[str]:
 
 
 def _row(name: str, value: Any, remark: str = "") -> str:
-    return f"  {name:<32}{value:>10}  {remark}".rstrip()
+    return f"  {name:<32}{value:>9}  {remark}".rstrip()
 
 
 def _wrap(text: str) -> list[str]:
@@ -165,11 +165,11 @@ def _wrap(text: str) -> list[str]:
 
 
 def _padding(padded: int) -> str:
-    return f", {padded} rows of padding in all" if padded else ""
+    return f", {padded} padded" if padded else ""
 
 
 def _guidance(counts: EpochCounts) -> str:
-    return ", prompt and empty prompt" if counts.rows_per_sample == 2 else ""
+    return ", with the empty prompt" if counts.rows_per_sample == 2 else ""
 
 
 def _plural(count: int, one: str, many: str) -> str:

@@ -193,7 +193,8 @@ def _transformer(
 ) -> tuple[nn.Module, int]:
     """The transformer with the adapters of the configuration, and its trained parameters."""
     with torch.device("meta"):
-        transformer = build_transformer(architecture).to(dtype).requires_grad_(False)
+        # diffusers' own `to` warns of parts to keep in float32, of which these models have none
+        transformer = nn.Module.to(build_transformer(architecture), dtype).requires_grad_(False)
         if config.model.full_finetune:  # the float32 master weights are counted elsewhere
             return transformer.requires_grad_(True), parameter_count(transformer)
         holder: Any = SimpleNamespace(
@@ -264,7 +265,7 @@ class DecodeCosts:
 def simulate_decode(config: Config, architecture: Architecture, batch: int) -> DecodeCosts:
     """Decode ``batch`` images on the meta device with the configuration's dtype and options."""
     with torch.device("meta"):
-        vae: Any = build_vae(architecture).to(DTYPES[config.model.vae_dtype or "fp32"])
+        vae: Any = nn.Module.to(build_vae(architecture), DTYPES[config.model.vae_dtype or "fp32"])
         if config.model.vae_tiling:
             vae.enable_tiling()
         if config.model.vae_slicing:
