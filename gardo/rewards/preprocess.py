@@ -1,8 +1,8 @@
 """Image preprocessing on the device, equal to what the reference processors do with Pillow.
 
 The models were trained on images that Pillow had resized. Pillow resizes bytes: first the rows,
-then the columns, and rounds to a byte after each. To agree with it to less than a byte, both passes
-are computed here as products with Pillow's own integer weights, exactly, in float64.
+then the columns, and rounds to a byte after each. Both passes are computed here with Pillow's own
+integer weights in integers, hence to the bit, on any device.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class ImageTransform:
         images = images.float()
         size = target_size(images.shape[-2], images.shape[-1], self.size)
         if self.as_bytes:
-            images = resize_bytes(to_bytes(images), size, self.filter) / 255
+            images = resize_bytes(to_bytes(images), size, self.filter).float() / 255
         elif size != tuple(images.shape[-2:]):
             images = F.interpolate(
                 images, size, mode=self.filter, antialias=True, align_corners=False
@@ -61,7 +61,7 @@ class ImageTransform:
             images = center_crop(images, self.crop)
         mean = torch.tensor(self.mean, device=images.device)[:, None, None]
         std = torch.tensor(self.std, device=images.device)[:, None, None]
-        return (images.float() - mean) / std
+        return (images - mean) / std
 
 
 def transform_from_config(config: Mapping[str, Any], as_bytes: bool = True) -> ImageTransform:
@@ -109,8 +109,8 @@ def check_batch(images: Tensor, prompts: Sequence[str]) -> None:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Round images in [0, 1] to whole numbers in [0, 255], float64, as saving to a file does."""
-    return (images.float() * 255).round().clamp(0, 255).double()
+    """Round images in [0, 1] to uint8, as saving to a file does."""
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def target_size(height: int, width: int, size: int | tuple[int, int]) -> tuple[int, int]:
@@ -123,21 +123,21 @@ def target_size(height: int, width: int, size: int | tuple[int, int]) -> tuple[i
 
 
 def resize_bytes(images: Tensor, size: tuple[int, int], filter: str) -> Tensor:
-    """Resize as ``PIL.Image.resize`` does.
+    """Resize as ``PIL.Image.resize`` does: rows first (from Pillow 13 on not in tall images).
 
     Args:
-        images: ``[..., H, W]`` float64, whole numbers in [0, 255].
+        images: ``[..., H, W]`` uint8.
         size: (height, width).
         filter: ``bicubic`` or ``bilinear``.
 
     Returns:
-        ``[..., *size]`` float64, whole numbers in [0, 255].
+        ``[..., *size]`` uint8.
     """
-    height, width = images.shape[-2:]
-    if width != size[1]:
-        images = _round_fixed(images @ _weights(width, size[1], filter).to(images.device).T)
-    if height != size[0]:
-        images = _round_fixed(_weights(height, size[0], filter).to(images.device) @ images)
+    if images.shape[-1] != size[1]:
+        # whole rows are faster to gather than single pixels
+        images = _resize_rows(images.mT.contiguous(), size[1], filter).mT.contiguous()
+    if images.shape[-2] != size[0]:
+        images = _resize_rows(images, size[0], filter)
     return images
 
 
@@ -164,28 +164,40 @@ def _size(value: Any) -> int | tuple[int, int]:
     raise ValueError(f"size: expected a number, shortest_edge or height and width, got {value!r}")
 
 
-def _round_fixed(sums: Tensor) -> Tensor:
-    """Pillow's way back from fixed point to a byte: halves go up."""
-    return ((sums + 2 ** (_PRECISION_BITS - 1)) / 2**_PRECISION_BITS).floor().clamp(0, 255)
+def _resize_rows(images: Tensor, length: int, filter: str) -> Tensor:
+    """``[..., n, W]`` uint8 -> ``[..., length, W]`` uint8: each row is a weighted sum of rows."""
+    places, weights = (x.to(images.device) for x in _taps(images.shape[-2], length, filter))
+    images = images.int()
+    shape = (*images.shape[:-2], length, images.shape[-1])
+    half = 2 ** (_PRECISION_BITS - 1)  # Pillow's way back from fixed point: halves go up
+    total = torch.full(shape, half, dtype=torch.int32, device=images.device)
+    for place, weight in zip(places, weights, strict=True):
+        total += images.index_select(-2, place).mul_(weight[:, None])
+    return (total >> _PRECISION_BITS).clamp_(0, 255).to(torch.uint8)
 
 
 @functools.lru_cache(maxsize=64)
-def _weights(length: int, new_length: int, filter: str) -> Tensor:
-    """Pillow's integer weights ``[new_length, length]``, float64."""
+def _taps(length: int, new_length: int, filter: str) -> tuple[Tensor, Tensor]:
+    """Source places and Pillow's integer weights, both ``[taps, new_length]`` int32."""
     kernel, support = _KERNELS[filter]
     scale = length / new_length
     stretch = max(scale, 1.0)  # antialiasing: the kernel widens with the reduction
-    weights = torch.zeros(new_length, length, dtype=torch.float64)
+    rows = []
     for row in range(new_length):
         center = (row + 0.5) * scale
         first = max(int(center - support * stretch + 0.5), 0)
         last = min(int(center + support * stretch + 0.5), length)
         taps = [kernel((x - center + 0.5) / stretch) for x in range(first, last)]
         total = sum(taps)
-        weights[row, first:last] = torch.tensor(
-            [_round_away(tap / total * 2**_PRECISION_BITS) for tap in taps], dtype=torch.float64
-        )
-    return weights
+        rows.append((first, [_round_away(tap / total * 2**_PRECISION_BITS) for tap in taps]))
+    count = max(len(taps) for _, taps in rows)
+    # shorter rows are filled up with weights of 0
+    weights = [taps + [0] * (count - len(taps)) for _, taps in rows]
+    places = [[min(first + k, length - 1) for k in range(count)] for first, _ in rows]
+    return (
+        torch.tensor(places, dtype=torch.int32).T.contiguous(),
+        torch.tensor(weights, dtype=torch.int32).T.contiguous(),
+    )
 
 
 def _round_away(value: float) -> int:

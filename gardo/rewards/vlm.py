@@ -82,7 +82,7 @@ class ChatReward(Reward):
         pixels = to_bytes(safe)
         if self.image_size is not None:
             pixels = resize_bytes(pixels, (self.image_size, self.image_size), "bicubic")
-        pixels = pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        pixels = pixels.permute(0, 2, 3, 1).cpu()
         rows = finite.nonzero().flatten().tolist()
 
         def ask(row: int) -> float:
@@ -197,7 +197,7 @@ class HPSv3Reward(ChatReward):
         safe, finite = finite_images(images)
         rows = finite.nonzero().flatten()
         if len(rows):
-            pixels = to_bytes(safe[rows]).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            pixels = to_bytes(safe[rows]).permute(0, 2, 3, 1).cpu().numpy()
             with torch.inference_mode():
                 rated = self.package.reward(
                     prompts=[prompts[row] for row in rows.tolist()],
