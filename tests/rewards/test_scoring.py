@@ -75,7 +75,7 @@ def test_parameters_of_the_recipe_are_keywords() -> None:
     torch.testing.assert_close(
         got.score_one(name, images(), prompts()), 2 * images().mean((1, 2, 3))
     )
-    with pytest.raises(UserError, match="missing a required keyword-only argument: 'factor'"):
+    with pytest.raises(UserError, match="missing a required .*'factor'"):
         build_reward(name)
     with pytest.raises(UserError, match="unexpected keyword argument 'colour'"):
         build_reward(name, factor=1.0, colour=2)

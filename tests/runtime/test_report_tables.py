@@ -11,6 +11,7 @@ from gardo.runtime.report.tables import (
     comparison,
     forwards,
     number,
+    scorers,
     spark,
     summary,
     timings,
@@ -197,3 +198,30 @@ def test_a_single_run_has_no_comparison_of_missing_metrics(tmp_path):
     assert comparison([run]) == [
         ("Training prompts, last epoch", [("a", [("3", "+2 (+200\u202f%)")])])
     ]
+
+
+def test_how_each_reward_scored_in_the_last_epoch(tmp_path):
+    run = run_with(
+        tmp_path,
+        [
+            {"reward/a/mean": 1.0, "reward/a/std": 0.5, "time/reward/a": 9.0},
+            {"reward/a/mean": 2.0, "reward/a/std": 0.25, "reward/a/missing": 0.125,
+             "time/reward/a": 0.0123, "reward/b/mean": None, "reward/b/missing": 1.0},
+        ],
+        {"rewards": {"proxy": "a", "aux": ["b"], "eval": ["c"]}},
+    )  # fmt: skip
+    run.evaluations = [{"epoch": 0, "reward/c/mean": 4.0, "time/reward/c": 2.0}]
+    rows = {row.name: row for row in scorers(run)}
+    a, b, c = rows["a"], rows["b"], rows["c"]
+    assert (a.role, a.mean, a.spread, a.per_image, a.missing) == (
+        "proxy", "2", "0.2500", "12.30 ms", "12.5%"
+    )  # fmt: skip
+    assert (b.role, b.mean, b.missing) == ("auxiliary", DASH, "100.0%")
+    assert (c.role, c.mean, c.spread, c.per_image, c.missing) == (
+        "held-out", "4", DASH, "2000 ms", DASH
+    )  # fmt: skip
+
+
+def test_times_per_image_are_no_stages(tmp_path):
+    run = run_with(tmp_path, [{"time/rollout": 1.0, "time/reward/a": 5.0, "time/epoch": 1.0}])
+    assert [t.stage for t in timings(run)] == ["rollout"]

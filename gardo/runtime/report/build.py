@@ -73,6 +73,7 @@ def render(runs: Sequence[Run]) -> str:
                 "method": facts.method(run),
                 "switches": facts.switches(run),
                 "summary": tables.summary(run),
+                "scorers": tables.scorers(run),
                 "settings": [(k, facts.plain(v)) for k, v in run.evaluation_settings().items()],
                 "pictures": pictures[i],
                 "timings": tables.timings(run),

@@ -89,6 +89,51 @@ def summary(run: Run) -> list[SummaryGroup]:
     return groups
 
 
+@dataclass(frozen=True)
+class Scorer:
+    """How a reward scored in the last epoch, or for a held-out one in the last evaluation."""
+
+    role: str
+    name: str
+    mean: str
+    spread: str
+    per_image: str
+    missing: str
+
+
+def scorers(run: Run) -> list[Scorer]:
+    """A row for each reward that has metrics: mean, spread, time per image, missing share."""
+    trained = [run.proxy, *run.aux] if run.metrics else []
+    training = [name for name in dict.fromkeys([*trained, *training_rewards([run])]) if name]
+    held_out = [metric_name(k) for k in run.evaluation_keys() if k.startswith("reward/")]
+    rows = []
+    for name in dict.fromkeys([*training, *held_out]):
+        read, lines = (
+            (run.metric, run.metrics) if name in training else (run.evaluation, run.evaluations)
+        )
+        last = span(lines)[1]
+        mean, spread, missing, seconds = (
+            dict(read(key).finite()).get(last)
+            for key in (
+                f"reward/{name}/mean",
+                f"reward/{name}/std",
+                f"reward/{name}/missing",
+                f"time/reward/{name}",
+            )
+        )
+        rows.append(
+            Scorer(
+                role(run, name),
+                name,
+                number(mean),
+                number(spread),
+                MISSING if seconds is None else f"{number(1000 * seconds)} ms",
+                MISSING if missing is None else f"{missing:.1%}",
+            )
+        )
+    return rows
+
+
 def role(run: Run, name: str) -> str:
     """What a reward is to a run: proxy, auxiliary, held-out, or just a reward."""
     if name == run.proxy:
@@ -213,7 +258,12 @@ def timings(run: Run) -> list[Timing]:
 
     Evaluations that stand outside the epochs' times bring a ``time/evaluate`` of their own.
     """
-    known = [k.removeprefix("time/") for k in run.metric_keys() if k.startswith("time/")]
+    known = [
+        key.removeprefix("time/")
+        for key in run.metric_keys()
+        # a reward's time is per image, and overlaps sampling
+        if key.startswith("time/") and not key.startswith("time/reward/")
+    ]
     stages = [s for s in STAGES if s in known]
     stages += [s for s in known if s not in STAGES and s not in ("epoch", "total")]
     totals = {s: _total(run, f"time/{s}") for s in stages}
