@@ -18,17 +18,17 @@ CONTEXT_BYTES = int(1.0 * GIB)
 FRAGMENTATION = 0.05
 
 # Backbones of the built-in rewards and features: parameters, rounded, as published. They run in
-# half precision; rewards that share a backbone load it once. What is not listed runs on the CPU or
-# in a process of its own.
-_CLIP_L, _CLIP_H = ("CLIP ViT-L/14", 0.43e9), ("CLIP ViT-H/14", 0.99e9)
-_BACKBONES: dict[str, tuple[str, float]] = {
-    "aesthetic": _CLIP_L,
-    "clipscore": _CLIP_L,
-    "dinov3": ("DINOv3 ViT-L/16", 0.30e9),
-    "hpsv2": ("HPSv2 ViT-H/14", 0.99e9),
-    "hpsv3": ("Qwen2-VL-7B", 8.29e9),
-    "imagereward": ("BLIP-L", 0.45e9),
-    "pickscore": _CLIP_H,
+# half precision; rewards that share a backbone load it once. What is not listed runs on the CPU.
+_CLIP_L = ("CLIP ViT-L/14", 0.43e9)
+_BACKBONES: dict[str, tuple[tuple[str, float], ...]] = {
+    "aesthetic": (_CLIP_L,),
+    "clipscore": (_CLIP_L,),
+    "dinov3": (("DINOv3 ViT-L/16", 0.30e9),),
+    "geneval": (("Mask2Former Swin-S", 0.07e9), _CLIP_L),
+    "hpsv2": (("HPSv2 ViT-H/14", 0.99e9),),
+    "hpsv3": (("Qwen2-VL-7B", 8.29e9),),
+    "imagereward": (("BLIP-L", 0.45e9),),
+    "pickscore": (("CLIP ViT-H/14", 0.99e9),),
 }
 
 
@@ -134,10 +134,11 @@ def embedding_bytes(config: Config, architecture: Architecture) -> int:
 
 
 def reward_items(config: Config) -> list[Item]:
-    """Backbones of all rewards and of the feature extractor, each once."""
+    """Backbones of the rewards and the feature extractor, each once; servers have their own."""
     rewards = config.rewards
-    names = [rewards.proxy, *rewards.aux, *rewards.eval, rewards.features or ""]
-    backbones = dict(_BACKBONES[name] for name in names if name in _BACKBONES)
+    names = {rewards.proxy, *rewards.aux, *rewards.eval} - rewards.servers.keys()
+    names.add(rewards.features or "")
+    backbones = {b: count for name in sorted(names) for b, count in _BACKBONES.get(name, ())}
     return [Item(name, 2 * count) for name, count in backbones.items()]
 
 

@@ -26,7 +26,7 @@ from gardo.plan import main, plan
 from gardo.planning.advice import advise
 from gardo.planning.counts import count_epoch
 from gardo.planning.estimate import Planner
-from gardo.planning.memory import CONTEXT_BYTES, FRAGMENTATION, GIB
+from gardo.planning.memory import CONTEXT_BYTES, FRAGMENTATION, GIB, reward_items
 from gardo.planning.rates import GPU, find_gpu
 from gardo.planning.simulation import StorageTracker, simulate, transformer_inputs
 from gardo.types import UserError
@@ -261,6 +261,19 @@ def test_memory_by_hand(medium):
     # 77 CLIP and 128 T5 tokens of 4096 numbers, and 2048 pooled ones
     embedding = 2 * (205 * 4096 + 2048)
     assert medium.memory(medium.config).embedding_bytes == embedding
+
+
+def test_rewards_share_backbones_and_servers_bring_their_own():
+    # aesthetic and clipscore: CLIP ViT-L; imagereward: BLIP; ocr: none; dinov3
+    usual = load_config("sd35-medium-ocr", overrides=[("rewards.eval", "clipscore")])
+    assert {i.name: i.bytes for i in reward_items(usual)} == {
+        "CLIP ViT-L/14": 0.86e9,
+        "BLIP-L": 0.9e9,
+        "DINOv3 ViT-L/16": 0.6e9,
+    }
+    remote = ("rewards.servers", "{imagereward: [http://localhost:8000]}")
+    served = load_config("sd35-medium-ocr", overrides=[("rewards.eval", "clipscore"), remote])
+    assert "BLIP-L" not in {i.name for i in reward_items(served)}
 
 
 def test_stages_add_up(medium):
