@@ -50,15 +50,22 @@ class RemoteReward(Reward):
         name: under which the servers know the reward.
         servers: base URLs.
         config: timeouts, retries, encoding, token.
+        parameters: with which the servers must have built the reward.
 
     Raises:
-        UserError: a server that refuses the token, does not know the reward or is no reward server;
-            the package httpx is missing.
+        UserError: a server that refuses the token, does not know the reward, has other parameters
+            or is no reward server; the package httpx is missing.
         RewardUnavailable: no server can be reached, or none is ready after
             ``config.startup_timeout`` seconds.
     """
 
-    def __init__(self, name: str, servers: Sequence[str], config: RewardClientConfig) -> None:
+    def __init__(
+        self,
+        name: str,
+        servers: Sequence[str],
+        config: RewardClientConfig,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> None:
         try:
             import httpx
         except ModuleNotFoundError:
@@ -78,7 +85,7 @@ class RemoteReward(Reward):
         self._path = quote(name, safe="")
         self._max_images, self._max_bytes = 2**31, 2**63  # until the servers tell
         self._stop = threading.Event()
-        self.spec = self._introduce()  # type: ignore[misc]  # the server's
+        self.spec = self._introduce(parameters or {})  # type: ignore[misc]  # the server's
 
     # --- scoring
 
@@ -243,7 +250,7 @@ class RemoteReward(Reward):
 
     # --- the first contact
 
-    def _introduce(self) -> RewardSpec:
+    def _introduce(self, parameters: Mapping[str, Any]) -> RewardSpec:
         """Wait for the servers that are loading, check all that answer, and take their limits."""
         deadline = time.monotonic() + self._config.startup_timeout
         attempts = 0
@@ -263,7 +270,23 @@ class RemoteReward(Reward):
         specs = [self._read_introduction(server, answer) for server, answer in known.items()]
         if len(set(specs)) > 1:
             raise UserError(f"reward '{self.name}': its servers describe it differently: {specs}")
+        if parameters:
+            for server in known:
+                self._check_parameters(server, parameters)
         return specs[0]
+
+    def _check_parameters(self, server: str, parameters: Mapping[str, Any]) -> None:
+        path, body = f"/v1/parameters/{self._path}", protocol.to_json(parameters)
+        try:
+            different = self._ask(server, path, body, protocol.JSON, None).get("different")
+        except (_Passing, _CannotScore) as error:
+            raise RewardUnavailable(self.name, f"{server}: {error}") from None
+        if different:
+            raise UserError(
+                f"rewards.parameters.{self.name}: {server} was started with other values of "
+                f"{', '.join(map(str, different))}; start it with the recipe's (--set "
+                f"{self.name}.KEY=VALUE)"
+            )
 
     def _ask_all(self) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
         """What each server serves, and the problems with those that do not answer."""

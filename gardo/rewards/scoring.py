@@ -118,13 +118,7 @@ def _build(name: str, config: RewardsConfig, device: torch.device) -> Reward:
     if name in config.servers:
         from gardo.rewards.remote import RemoteReward
 
-        if parameters:
-            raise UserError(
-                f"rewards.parameters.{name}: the reward is scored by the servers of "
-                f"rewards.servers.{name}, which take its parameters when they start; give no "
-                "parameters here"
-            )
-        return RemoteReward(name, config.servers[name], config.client)
+        return RemoteReward(name, config.servers[name], config.client, parameters)
     try:
         return build_reward(name, device, **parameters)
     except TypeError as error:

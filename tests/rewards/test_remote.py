@@ -405,8 +405,23 @@ def test_a_recipe_says_what_is_scored_remotely(server) -> None:
     rewards.check_prompts(prompts)
     config.servers["count"] = [server.url]
     config.parameters = {"count": {"color_weight": 1.0}}
-    with pytest.raises(UserError, match=r"rewards\.parameters\.count: the reward is scored by the"):
+    with pytest.raises(UserError, match=r"parameters\.count: .* other values of color_weight"):
         RewardSet(config, torch.device("cpu"))
+
+
+def test_parameters_must_be_the_servers(server) -> None:
+    with toys.serving(
+        "count", "--set", "count.color_weight=2", env={"GARDO_REWARD_TOKEN": ""}
+    ) as other:
+        same = RewardClientConfig(**QUICK)
+        reward = RemoteReward("count", [other.url], same, {"color_weight": 2.0})
+        blank = im.filled()[:1]
+        expected = im.score(build_reward("count", color_weight=2.0), blank, im.SCENES[:1])
+        assert torch.equal(im.score(reward, blank, im.SCENES[:1]), expected)
+        RemoteReward("count", [other.url], same)  # no wishes, no check
+        for wrong in ({"color_weight": 3.0}, {"color_weight": 2.0, "more": 1}):
+            with pytest.raises(UserError, match=r"other values of (color_weight|more);"):
+                RemoteReward("count", [other.url], same, wrong)
 
 
 @pytest.mark.parametrize(

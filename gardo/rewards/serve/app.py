@@ -116,6 +116,14 @@ def create_app(
         batcher.stats.count(200)
         return JSONResponse(scores_to_json(output))
 
+    @app.post("/v1/parameters/{name}")
+    async def parameters(name: str, request: Request) -> Response:
+        _authorise(request, token)
+        _content_type(request, (JSON,))
+        async with bodies.of(request) as body:
+            different = service.different_parameters(name, parse_json(body))
+        return JSONResponse({"different": different})
+
     @app.post("/v1/check/{name}")
     async def check(name: str, request: Request) -> Response:
         _authorise(request, token)

@@ -62,6 +62,15 @@ class Service:
             raise ProtocolError(503, f"{name}: still loading")
         return self.batchers[name]
 
+    def different_parameters(self, name: str, wanted: Mapping[str, Any]) -> list[str]:
+        """Keys among ``wanted`` whose values are not those of the reward; ProtocolError 404.
+
+        Only the keys are told: values may be nobody's business.
+        """
+        self.batcher(name)
+        mine = self._parameters.get(name, {})
+        return [key for key, value in wanted.items() if key not in mine or mine[key] != value]
+
     def start(self) -> asyncio.Task[None]:
         """Begin to build the rewards; the task ends when they are ready or one failed."""
         self._building = asyncio.create_task(self._build_all())
