@@ -138,7 +138,7 @@ def environment() -> list[str]:
         f"gardo_kernels {gk.__version__}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} CPU threads, {cuda}",
         f"C++ core: {native}",
-        f"C++ core on CUDA: {_native.cuda_unavailable_reason() or 'available'}",
+        f"C++ core on CUDA: {_native.cuda_unavailable_reason() or 'built'}",
         f"triton: {'installed' if triton else 'not installed'}; "
         f"faiss: {'installed' if faiss else 'not installed'}",
     ]

@@ -63,10 +63,8 @@ def differentiable_operator(
 
 
 def keep(ctx: Any, *tensors: torch.Tensor | None) -> None:
-    """``ctx.save_for_backward``, with copies of what was made in inference mode.
-
-    Rollouts and reference passes run there, and autograd refuses to save such tensors.
-    """
+    """``ctx.save_for_backward``, with copies of what was made in inference mode."""
+    # The mode of the forward pass of an autograd function tells nothing: gradients are off in it.
     ctx.save_for_backward(
         *(t.clone() if t is not None and t.is_inference() else t for t in tensors)
     )

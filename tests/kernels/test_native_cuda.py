@@ -1,5 +1,8 @@
-"""The CUDA `shape_rewards` and `win_rate` against the reference. Without a GPU its logic is tested by running the
-kernels on a CPU: `make asan` (csrc/tests/cuda_emulation.cpp)."""
+"""The CUDA `shape_rewards` and `win_rate` against the reference.
+
+Without a GPU their logic is tested by running the kernels on a CPU: `make asan`
+(csrc/tests/cuda_emulation.cpp).
+"""
 
 from __future__ import annotations
 

@@ -118,6 +118,28 @@ def test_reference_compiles_without_graph_breaks():
     torch.testing.assert_close(compiled(v), loss(v))
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_rollouts_and_references_made_in_inference_mode(backend):
+    device = device_of(backend)
+    with torch.inference_mode():
+        coef = gk.sde_coefficients(0.6, 0.5).to(device)
+        x, u, ref = (torch.randn(3, 5, device=device) for _ in range(3))
+        gate = torch.ones(3, dtype=torch.bool, device=device)
+        advantage = torch.linspace(0.1, 1, 3, device=device)
+        step = gk.sde_step(x, x, coef, seed=1, backend=backend)
+    v = torch.randn(3, 5, device=device, requires_grad=True)
+    options = {"gate": gate, "ref_velocity": ref, "kl_coef": 0.1, "backend": backend}
+    grpo = gk.grpo_loss(
+        v, x, step.prev_sample, step.log_prob, advantage, coef, velocity_uncond=u,
+        guidance_scale=2.0, **options,
+    )  # fmt: skip
+    nft = gk.nft_loss(v, u, x, step.prev_sample, advantage, advantage, **options)
+    lp = gk.sde_log_prob(v, x, step.prev_sample, coef, backend=backend)
+    (grpo.loss + nft.loss + lp.sum()).backward()
+    assert v.grad.isfinite().all()
+    assert (v.grad != 0).any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float64_inputs_are_refused_not_rounded(backend):
     x = torch.zeros(2, 3, dtype=torch.float64, device=device_of(backend))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gardo_kernels import _backends, _checks
+from gardo_kernels._inference import ordinary
 from gardo_kernels.ops.grpo_loss import fused, reference
 from gardo_kernels.ops.sde import SDECoefficients, check_density, check_velocities
 
@@ -115,7 +116,7 @@ def grpo_loss(
         float(guidance_scale),
     )
     if chosen == "reference":
-        loss, *rest = reference.grpo_loss(*arguments, dtype)
+        loss, *rest = reference.grpo_loss(*ordinary(arguments), dtype)
     else:
         loss, *rest = fused.grpo_loss(*arguments, chosen)
     return GRPOLoss(loss, *(value.detach() for value in rest))

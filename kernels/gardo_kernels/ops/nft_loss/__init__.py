@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from gardo_kernels import _backends, _checks
+from gardo_kernels._inference import ordinary
 from gardo_kernels.ops.grpo_loss import check_kl
 from gardo_kernels.ops.nft_loss import fused, reference
 
@@ -107,7 +108,7 @@ def nft_loss(
         kl_when_ungated,
     )
     if chosen == "reference":
-        loss, policy_loss, kl = reference.nft_loss(*arguments, dtype)
+        loss, policy_loss, kl = reference.nft_loss(*ordinary(arguments), dtype)
     else:
         loss, policy_loss, kl = fused.nft_loss(*arguments, chosen)
     return NFTLoss(loss, policy_loss.detach(), kl.detach())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gardo_kernels import _backends, _checks
+from gardo_kernels._inference import ordinary
 from gardo_kernels.ops.sde import fused, reference
 from gardo_kernels.ops.sde.coefficients import SDECoefficients, sde_coefficients
 from gardo_kernels.ops.sde.philox import philox_normal
@@ -123,7 +124,13 @@ def sde_log_prob(
             velocity, sample, prev_sample, coef, velocity_uncond, guidance, chosen
         )
     return reference.sde_log_prob(
-        velocity, sample, prev_sample, coef, velocity_uncond, guidance, dtype
+        velocity,
+        ordinary(sample),
+        ordinary(prev_sample),
+        ordinary(coef),
+        ordinary(velocity_uncond),
+        guidance,
+        dtype,
     )
 
 

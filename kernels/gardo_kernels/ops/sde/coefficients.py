@@ -60,24 +60,25 @@ class SDECoefficients:
 
     def to(self, device: torch.device | str) -> SDECoefficients:
         """The same coefficients on ``device``."""
-        return self._map(lambda value: value.to(device))
+        return self.map(lambda value: value.to(device))
 
     def expand(self, batch: int) -> SDECoefficients:
         """Fields of shape ``[batch]``; 0-d fields are repeated (as views)."""
-        return self._map(lambda value: value.expand(batch))
+        return self.map(lambda value: value.expand(batch))
 
     def __getitem__(self, index: Any) -> SDECoefficients:
         """Index every field: an int gives one step, an int64 tensor one step per row."""
         if self.a.dim() == 0:
             raise IndexError("SDECoefficients of a single step (0-d fields) cannot be indexed")
-        return self._map(lambda value: value[index])
+        return self.map(lambda value: value[index])
 
     def __len__(self) -> int:
         if self.a.dim() == 0:
             raise TypeError("SDECoefficients of a single step (0-d fields) have no length")
         return self.a.shape[0]
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> SDECoefficients:
+    def map(self, change: Callable[[Tensor], Tensor]) -> SDECoefficients:
+        """Coefficients with ``change`` applied to each tensor field."""
         changed = {name: change(value) for name, value in self.tensors().items()}
         return SDECoefficients(**changed, kind=self.kind)
 
@@ -133,7 +134,7 @@ def sde_coefficients(
     else:
         s_std = s
     table = _float64_table(kind, s, s_next, s_std, eta, kl_scale)
-    return table._map(lambda value: value.to(dtype).contiguous())
+    return table.map(lambda value: value.to(dtype).contiguous())
 
 
 def _float64_table(
