@@ -102,6 +102,10 @@ _REGISTRY: dict[str, str] = {
     "hpsv3": "gardo.rewards.vlm:HPSv3Reward",
     "unifiedreward": "gardo.rewards.vlm:UnifiedRewardReward",
     "deqa": "gardo.rewards.deqa:DeQAReward",
+    "ocr": "gardo.rewards.ocr:OCRReward",
+    "geneval": "gardo.rewards.geneval.reward:GenEvalReward",
+    "jpeg_compressibility": "gardo.rewards.jpeg:JPEGCompressibilityReward",
+    "jpeg_incompressibility": "gardo.rewards.jpeg:JPEGIncompressibilityReward",
 }
 
 

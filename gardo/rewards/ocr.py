@@ -44,8 +44,8 @@ class OCRReward(Reward):
 
         Args:
             device: ignored, the reader computes on the CPU.
-            workers: images read at the same time, a thread and about 250 MB of memory each; None: one
-                for each CPU that this process may use, at most 8.
+            workers: images read at the same time, each by a thread with about 250 MB of memory;
+                None: one for each CPU that this process may use, at most 8.
             min_confidence: lines that the reader is less sure of are dropped; 0.5 is also what
                 Flow-GRPO's reader uses.
             upside_down: turn lines that stand on their head; Flow-GRPO does not.
