@@ -248,7 +248,9 @@ def configured(**changes: str):
 
 
 def test_a_rollout_with_a_slow_reward_takes_as_long_as_sampling() -> None:
-    config = configured(**{"rewards.proxy": LOCAL, "prompts.group_size": "12"})
+    config = configured(
+        **{"rewards.proxy": LOCAL, "rewards.aux": REMOTE, "prompts.group_size": "16"}
+    )
     trainer = Trainer(config, Runtime("cpu", "fp32", 1))
     trainer.progress = EpochProgress(1, "x", enabled=False)
     chosen = trainer.prompt_sampler.epoch(0)
@@ -260,7 +262,7 @@ def test_a_rollout_with_a_slow_reward_takes_as_long_as_sampling() -> None:
 
     seconds()
     alone = min(seconds(), seconds())
-    Local.seconds = alone / 12  # 12 batches, each as long in the reward as in the sampler
+    Local.seconds = alone / 16  # 16 batches, each as long in the reward as in the sampler
     # other work on the machine may disturb a measurement, not all of them
     assert any(seconds() <= 1.25 * alone for _ in range(4))
 
