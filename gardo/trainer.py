@@ -24,9 +24,11 @@ from gardo.runtime.process import Runtime
 from gardo.runtime.progress import EpochProgress
 from gardo.runtime.rng import derive_seed
 from gardo.runtime.run_folder import RunFolder, peak_memory_bytes
+from gardo.sampling.graph import GraphedTrajectories, use_graphs
 from gardo.sampling.plan import plan_epoch
-from gardo.sampling.rollout import Rollout, Sampler, sde_window, step_table
-from gardo.types import Prompt, UserError
+from gardo.sampling.rollout import Rollout, Sampler
+from gardo.sampling.steps import sde_window, step_table
+from gardo.types import Prompt
 
 
 class Trainer:
@@ -35,11 +37,7 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config = config
         self.runtime = runtime
-        if config.sampling.cuda_graph == "on":
-            raise UserError(
-                "sampling.cuda_graph: 'on' cannot be met: this version samples without CUDA "
-                "graphs; use auto or off"
-            )
+        graphs = use_graphs(config.sampling.cuda_graph, runtime.device)
         prompts = load_prompts(config.prompts)
         self.rewards = RewardSet(config.rewards, runtime.device)
         self.rewards.check_prompts(prompts)
@@ -60,17 +58,21 @@ class Trainer:
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_eps,
             weight_decay=train.weight_decay,
+            fused=train.fused_optimizer or None,
         )
         self.model.transformer, self.optimizer = runtime.accelerator.prepare(
             self.model.transformer, self.optimizer
         )
         self.ema = EMA(policy, train) if train.ema else None
+        self.graphs = GraphedTrajectories() if graphs else None
         self.sampler = Sampler(
             self.model,
             self.embeddings,
             self.resolution,
             config.sampling.guidance_scale,
             config.sampling.batch_size,
+            graphs=self.graphs,
+            offload=config.sampling.offload_trajectories,
         )
         self.schedule = self.model.schedule(config.sampling.num_steps, self.resolution)
         self.shaper = Shaper(config.algorithm, self.rewards)
@@ -79,7 +81,7 @@ class Trainer:
         )
         self.adaptive_reference = AdaptiveReference(config.algorithm.reference)
         self.evaluator = HeldOutEvaluator(
-            config, self.model, self.embeddings, self.rewards, prompts, self.resolution
+            config, self.model, self.embeddings, self.rewards, prompts, self.resolution, self.graphs
         )
 
     def train(self, folder: RunFolder) -> None:
@@ -110,6 +112,7 @@ class Trainer:
         rows_before = self.model.rows
         with stage("prompts"):
             prompts = self.prompt_sampler.epoch(epoch)
+            self.embeddings.stage([p.text for p in prompts])
         with stage("rollout"):
             rollout, book = self.roll_out_and_score(epoch, prompts)
         rows_rollout = self.model.rows - rows_before
@@ -165,7 +168,7 @@ class Trainer:
         index, names = plan.prompt_index.tolist(), self.rewards.training_names
         with ScoringWorker(self.rewards, names, self.runtime.device) as worker:
             for rows in filled:
-                images = self.model.decode(rollout.latents[-1, rows])
+                images = self.model.decode(rollout.latents_at(-1, rows))
                 with self.progress.stage("score"):  # only the waiting: scoring overlaps sampling
                     worker.submit(images, [prompts[i] for i in index[rows]])
                 self.progress.within_stage(rows.stop, len(rollout))

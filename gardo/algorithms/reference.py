@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gardo.config import ReferenceConfig
 from gardo.models.adapters import REFERENCE, Adapters
-from gardo.sampling.rollout import Rollout, Sampler, StepTable
+from gardo.sampling.rollout import Rollout, Sampler
+from gardo.sampling.steps import StepTable
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def reference_pass(
     """
     if not gated_rows:
         return None
-    device, count = rollout.latents.device, len(gated_rows)
+    device, count = rollout.log_prob.device, len(gated_rows)
     # allocated outside inference mode, because training saves it for backward
     velocity = torch.empty((len(steps), count, *sampler.latent_shape), device=device)
     flat = velocity.flatten(0, 1)
@@ -56,7 +57,7 @@ def reference_pass(
             step = torch.tensor([s for s, _ in batch], device=device)
             row = torch.tensor([r for _, r in batch], device=device)
             v, v_uncond = sampler.velocity(
-                rollout.latents[step, row],
+                rollout.latents_at(step, row),
                 rollout.table.timesteps[step],
                 [rollout.prompts[r] for _, r in batch],
             )

@@ -16,8 +16,10 @@ from gardo.rewards.overlap import ScoringWorker
 from gardo.rewards.scoring import RewardSet, ScoreBook, reward_metrics
 from gardo.runtime.images import caption
 from gardo.runtime.rng import generator
+from gardo.sampling.graph import GraphedTrajectories
 from gardo.sampling.plan import batches
-from gardo.sampling.rollout import Sampler, step_table
+from gardo.sampling.rollout import Sampler
+from gardo.sampling.steps import step_table
 from gardo.tiny.scenes import parse_prompt, render
 from gardo.types import Prompt
 
@@ -49,6 +51,7 @@ class HeldOutEvaluator:
         rewards: RewardSet,
         prompts: Sequence[Prompt],
         resolution: int,
+        graphs: GraphedTrajectories | None = None,
     ) -> None:
         self.config = config.evaluation
         self.rewards = rewards
@@ -64,6 +67,7 @@ class HeldOutEvaluator:
             resolution,
             config.sampling.guidance_scale if guidance is None else guidance,
             config.sampling.batch_size,
+            graphs,
         )
         schedule = model.schedule(self.config.num_steps, resolution)
         self.table = step_table(schedule, self.device, kind="ode", noise_level=0.0)
@@ -72,6 +76,7 @@ class HeldOutEvaluator:
     @torch.inference_mode()
     def __call__(self) -> Evaluation:
         kept = []
+        self.sampler.embeddings.stage([p.text for p in self.samples])
         names, shown = self.rewards.all_names, min(self.config.grid_images, len(self.samples))
         with ScoringWorker(self.rewards, names, self.device) as worker:
             for rows in batches(slice(0, len(self.samples)), self.sampler.batch_size):

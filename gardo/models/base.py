@@ -83,7 +83,10 @@ class FlowModel(Protocol):
         ...
 
     def release_text_encoders(self) -> None:
-        """Free the text encoders; `encode_prompts` cannot be called afterwards."""
+        """Free the text encoders and bring what is left to the device.
+
+        `encode_prompts` cannot be called afterwards, `velocity` and `decode` not before.
+        """
         ...
 
     def save_lora(self, folder: str, weights: dict[str, Tensor], lora_config: dict) -> None:

@@ -20,10 +20,11 @@ EMPTY = ""
 
 
 class EmbeddingTable:
-    """Embeddings of all distinct prompts of a run on the model's device, looked up by text.
+    """Embeddings of all distinct prompts of a run, looked up by text.
 
-    The empty prompt, which guidance needs, is always there. Encoding is batched; the text
-    encoders are not needed once the table stands.
+    Encoding is batched; the text encoders are not needed once the table stands. The rows wait in
+    host memory or, with a cache, on disk: a data set of prompts takes tens of gigabytes. On the
+    device are the prompts of the last `stage` and the empty one, which guidance needs.
     """
 
     def __init__(
@@ -33,30 +34,52 @@ class EmbeddingTable:
         batch_size: int = 32,
         cache: EmbeddingCache | None = None,
     ) -> None:
-        texts = list(dict.fromkeys([EMPTY, *prompts]))
-        rows: dict[str, dict[str, Tensor]] = {}
-        if cache is not None:
-            rows = {text: row for text in texts if (row := cache.load(text)) is not None}
-        missing = [text for text in texts if text not in rows]
+        self._device = model.device
+        self._cache = cache
+        self._texts = dict.fromkeys([EMPTY, *prompts])
+        self._rows: dict[str, dict[str, Tensor]] = {}
+        missing = [text for text in self._texts if cache is None or cache.load(text) is None]
         for start in range(0, len(missing), batch_size):
             some = missing[start : start + batch_size]
-            tensors = model.encode_prompts(some).tensors
+            tensors = {n: t.cpu() for n, t in model.encode_prompts(some).tensors.items()}
             for i, text in enumerate(some):
-                rows[text] = {name: tensor[i] for name, tensor in tensors.items()}
-                if cache is not None:
-                    cache.save(text, rows[text])
+                row = {name: tensor[i].clone() for name, tensor in tensors.items()}
+                if cache is None:
+                    self._rows[text] = row
+                else:
+                    cache.save(text, row)
         self.encoded = len(missing)
+        self.stage([])
+
+    def stage(self, prompts: Sequence[str]) -> None:
+        """Bring the embeddings of these prompts to the device, in place of the last ones."""
+        texts = list(dict.fromkeys([EMPTY, *prompts]))
+        rows = [self._load(text) for text in texts]
         # stacking outside inference mode gives normal tensors, which training can save
-        names = rows[EMPTY].keys()
-        self._embeds = PromptEmbeds(
-            {n: torch.stack([rows[text][n].to(model.device) for text in texts]) for n in names}
-        )
+        with torch.inference_mode(False):
+            self._embeds = PromptEmbeds(
+                {n: torch.stack([row[n] for row in rows]).to(self._device) for n in rows[0]}
+            )
         self._row = {text: row for row, text in enumerate(texts)}
 
+    def _load(self, text: str) -> dict[str, Tensor]:
+        if text not in self._texts:
+            raise KeyError(f"prompt {text!r} was not among those that were encoded")
+        row = self._rows.get(text)
+        if row is None and self._cache is not None:
+            row = self._cache.load(text)
+        if row is None:
+            raise UserError(
+                f"model.embedding_cache: the embedding of prompt {json.dumps(text)} was there when "
+                "the run began and is gone or damaged; start again to encode it"
+            )
+        return row
+
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Embeddings of the given prompts, a row each."""
-        device = next(iter(self._embeds.tensors.values())).device
-        rows = torch.tensor([self._row[text] for text in prompts], device=device)
+        """Embeddings of the given prompts, a row each; stages them unless all of them are there."""
+        if any(text not in self._row for text in prompts):
+            self.stage(prompts)
+        rows = torch.tensor([self._row[text] for text in prompts], device=self._device)
         return self._embeds.select(rows)
 
 

@@ -66,7 +66,7 @@ class FluxModel(PipelineModel):
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
-        self.check_text_encoders()
+        self.place_text_encoders()
         text = list(prompts)
         embeds, pooled, _ = self.pipeline.encode_prompt(
             prompt=text,

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from gardo.config import ModelConfig
+from gardo.models.attention import set_attention_backend
 from gardo.models.base import FlowModel
 from gardo.models.flux import FluxModel
+from gardo.models.pipeline import PipelineModel
 from gardo.models.sd3 import SD3Model
 from gardo.types import UserError
 
@@ -40,7 +42,7 @@ def load_model(config: ModelConfig, device: torch.device, precision: str) -> Flo
     try:
         pipeline = pipeline_type.from_pretrained(
             path,
-            dtype=DTYPES[precision],
+            dtype={"vae": DTYPES[config.vae_dtype or "fp32"], "default": DTYPES[precision]},
             revision=config.revision,
             variant=config.variant,
             local_files_only=Path(path).is_dir(),
@@ -49,9 +51,23 @@ def load_model(config: ModelConfig, device: torch.device, precision: str) -> Flo
         raise UserError(f"model.path '{config.path}' cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     model = FAMILIES[family][1](pipeline, device, config.max_sequence_length)
+    configure(model, config)
+    return model
+
+
+def configure(model: PipelineModel, config: ModelConfig) -> None:
+    """Set what trades memory for speed. Raises UserError for an attention backend not there."""
+    vae = model.pipeline.vae
+    if config.vae_tiling:
+        vae.enable_tiling()
+    if config.vae_slicing:
+        vae.enable_slicing()
     if config.gradient_checkpointing:
         model.transformer.enable_gradient_checkpointing()
-    return model
+    if config.attention_backend is not None:
+        set_attention_backend(model.transformer, config.attention_backend)
+    if config.compile:
+        model.compile_blocks()
 
 
 def resolve_path(path: str) -> str:

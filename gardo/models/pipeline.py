@@ -20,7 +20,7 @@ class PipelineModel:
         for module in pipeline.components.values():
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval()
-        self.pipeline = pipeline.to(device)
+        self.pipeline = pipeline
         self.transformer = pipeline.transformer
         self.device = device
         self.max_sequence_length = max_sequence_length
@@ -32,14 +32,37 @@ class PipelineModel:
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
-    def check_text_encoders(self) -> None:
-        """Raise RuntimeError if `release_text_encoders` was called."""
-        if getattr(self.pipeline, self.text_encoders[0]) is None:
-            raise RuntimeError("the text encoders were released before all prompts were encoded")
+    def place(self) -> None:
+        """Bring transformer and VAE to the device."""
+        self.transformer.to(self.device)
+        self.pipeline.vae.to(self.device)
+
+    def place_text_encoders(self) -> None:
+        """Bring the text encoders to the device, where they need room for a while only.
+
+        Raises:
+            RuntimeError: `release_text_encoders` was called.
+        """
+        for name in self.text_encoders:
+            encoder = getattr(self.pipeline, name)
+            if encoder is None:
+                raise RuntimeError(
+                    "the text encoders were released before all prompts were encoded"
+                )
+            encoder.to(self.device)
 
     def release_text_encoders(self) -> None:
         for name in self.text_encoders:
             setattr(self.pipeline, name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.place()
+
+    def compile_blocks(self) -> None:
+        """torch.compile each transformer block, which compiles once for all blocks of a kind."""
+        for name in ("transformer_blocks", "single_transformer_blocks"):
+            for block in getattr(self.transformer, name, ()):
+                block.compile()
 
     @torch.inference_mode()
     def decode_latents(self, latents: Tensor) -> Tensor:

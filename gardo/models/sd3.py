@@ -47,7 +47,7 @@ class SD3Model(PipelineModel):
 
     @torch.inference_mode()
     def encode_prompts(self, prompts: Sequence[str]) -> PromptEmbeds:
-        self.check_text_encoders()
+        self.place_text_encoders()
         text = list(prompts)
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompt=text,

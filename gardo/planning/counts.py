@@ -10,7 +10,7 @@ from gardo.algorithms.reference import trained_steps
 from gardo.config import Config
 from gardo.models.base import Schedule
 from gardo.sampling.plan import EpochPlan, batches, plan_epoch
-from gardo.sampling.rollout import sde_window, step_table
+from gardo.sampling.steps import sde_window, step_table
 
 # U = w(proxy) - mean w(aux) has mean 0, so about half of the samples stand in the set with U >= 0
 # that the gate takes its fraction of.

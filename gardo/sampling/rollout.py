@@ -1,4 +1,4 @@
-"""The sampler: velocities from the model, fused SDE steps from `gardo_kernels`."""
+"""The sampler: batches of trajectories with shared prompt embeddings, filled into a rollout."""
 
 from __future__ import annotations
 
@@ -8,83 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import gardo_kernels as gk
-from gardo.config import SamplingConfig
-from gardo.models.base import FlowModel, Schedule, Velocity
+from gardo.models.base import FlowModel, Velocity
 from gardo.models.embeddings import EMPTY, EmbeddingTable
-from gardo.runtime.rng import derive_seed, generator, normal_rows
+from gardo.runtime.rng import generator, normal_rows
+from gardo.sampling.graph import GraphedTrajectories
 from gardo.sampling.plan import EpochPlan, batches, padded_rows
-
-
-@dataclass(frozen=True)
-class StepTable:
-    """The schedule with the affine coefficients of every step, on the device.
-
-    Attributes:
-        timesteps: ``[num_steps]`` float32.
-        coefficients: one `SDECoefficients` per step (0-d fields).
-        stochastic: the steps with noise, in order; the only ones with a log-prob.
-        trainable: the stochastic steps without the schedule's last, whose transition is so narrow
-            that its log-prob says nothing.
-    """
-
-    timesteps: Tensor
-    coefficients: tuple[gk.SDECoefficients, ...]
-    stochastic: tuple[int, ...]
-    trainable: tuple[int, ...]
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.coefficients)
-
-
-def step_table(
-    schedule: Schedule,
-    device: torch.device,
-    *,
-    kind: str,
-    noise_level: float,
-    kl_scale: str = "exact",
-    window: range | None = None,
-) -> StepTable:
-    """Coefficients of every step: noisy inside ``window`` (None: everywhere), else ODE."""
-    sigmas, coefficients, stochastic = schedule.sigmas, [], []
-    for step in range(schedule.num_steps):
-        noisy = kind != "ode" and (window is None or step in window)
-        coefficients.append(
-            gk.sde_coefficients(
-                sigmas[step],
-                sigmas[step + 1],
-                noise_level=noise_level,
-                kind=kind if noisy else "ode",
-                sigma_max=sigmas[1],
-                kl_scale=kl_scale,
-            )
-        )
-        if noisy and float(coefficients[-1].c) > 0:
-            stochastic.append(step)
-    return StepTable(
-        schedule.timesteps.to(device),
-        tuple(c.to(device) for c in coefficients),
-        tuple(stochastic),
-        tuple(step for step in stochastic if sigmas[step + 1] > 0),
-    )
-
-
-def sde_window(config: SamplingConfig, seed: int, epoch: int) -> range | None:
-    """The epoch's window of noisy steps; None without windows.
-
-    A window of ``sde_window`` steps lies anywhere in ``sde_window_range``, as in Flow-GRPO-Fast
-    and MixGRPO; both end where the schedule ends.
-    """
-    if config.sde_window == 0:
-        return None
-    size = min(config.sde_window, config.num_steps)
-    low, high = config.sde_window_range or (0, max(size, config.num_steps // 2))
-    high = min(high, config.num_steps)
-    low = min(low, high - size)
-    first = low + derive_seed(seed, "window", epoch) % (high - low - size + 1)
-    return range(first, first + size)
+from gardo.sampling.steps import StepTable
+from gardo.sampling.trajectory import Conditioning, Guidance, Trajectory, sample_trajectory
 
 
 @dataclass
@@ -94,7 +24,8 @@ class Rollout:
     Attributes:
         plan: which samples these are and when they are trained.
         prompts: ``n`` prompt texts, one per sample.
-        latents: ``[num_steps + 1, n, *latent_shape]`` float32, from noise to the final latents.
+        latents: ``[num_steps + 1, n, *latent_shape]`` float32, from noise to the final latents; in
+            CPU memory if trajectories are offloaded. Read them through `latents_at`.
         log_prob: ``[num_steps, n]`` float32; only the stochastic steps are meaningful.
         table: the steps that made them.
     """
@@ -108,6 +39,12 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def latents_at(self, step: int | Tensor, rows: Tensor | slice) -> Tensor:
+        """``[len(rows), *latent_shape]`` on the device that computes."""
+        home = self.latents.device
+        where = [i.to(home) if isinstance(i, Tensor) else i for i in (step, rows)]
+        return self.latents[where[0], where[1]].to(self.log_prob.device, non_blocking=True)
+
 
 class Sampler:
     """Draws trajectories with shared prompt embeddings, in batches of one fixed size."""
@@ -119,12 +56,18 @@ class Sampler:
         resolution: int,
         guidance_scale: float,
         batch_size: int,
+        graphs: GraphedTrajectories | None = None,
+        offload: bool = False,
     ) -> None:
+        """With ``graphs`` trajectories are replayed; with ``offload`` they wait in CPU memory."""
         self.model = model
         self.embeddings = embeddings
         self.latent_shape = model.latent_shape(resolution)
         self.guidance_scale = guidance_scale
         self.batch_size = batch_size
+        self.graphs = graphs
+        self.offload = offload
+        self.weights = "policy"  # whose trajectories these are; graphs are kept apart by it
 
     @property
     def guided(self) -> bool:
@@ -136,11 +79,20 @@ class Sampler:
         """The scale that combines the two velocities; 1 where there is only one."""
         return self.guidance_scale if self.guided else 1.0
 
-    def velocity(self, latents: Tensor, timesteps: Tensor, prompts: Sequence[str]) -> Velocity:
-        """Velocities of the model for rows of prompts, with the empty prompt's if guided."""
+    def condition(self, prompts: Sequence[str]) -> Conditioning:
+        """Embeddings of rows of prompts, with the empty prompt's if guided."""
         uncond = self.embeddings([EMPTY] * len(prompts)) if self.guided else None
-        cond = self.embeddings(prompts)
-        return self.model.velocity(latents, timesteps, cond, uncond, self.guidance_scale)
+        return Conditioning(self.embeddings(prompts), uncond)
+
+    def velocity(
+        self, latents: Tensor, timesteps: Tensor, prompts: Sequence[str] | Conditioning
+    ) -> Velocity:
+        """Velocities of the model for rows of prompts, with the empty prompt's if guided.
+
+        A loop over timesteps looks the prompts up once, with `condition`.
+        """
+        c = prompts if isinstance(prompts, Conditioning) else self.condition(prompts)
+        return self.model.velocity(latents, timesteps, c.cond, c.uncond, self.guidance_scale)
 
     @torch.no_grad()
     def initial_latents(self, seeds: Sequence[tuple[int | str, ...]], seed: int) -> Tensor:
@@ -162,33 +114,33 @@ class Sampler:
         Args:
             latents: ``[num_steps + 1, B, ...]`` whose first entry is the initial noise; the others
                 are written.
-            log_prob: ``[num_steps, B]``, written where a step is stochastic.
+            log_prob: ``[num_steps, B]``, written; 0 where a step has no noise.
             noise_sources: a generator per row; needed when a step is stochastic.
         """
-        batch = latents.shape[1]
-        cond = self.embeddings(prompts)
-        uncond = self.embeddings([EMPTY] * batch) if self.guided else None
-        for step, coefficients in enumerate(table.coefficients):
-            noise = None
-            if step in table.stochastic:
-                if noise_sources is None:
-                    raise ValueError("noise_sources: expected a generator per row, got None")
-                noise = normal_rows(noise_sources, self.latent_shape)
-            timesteps = table.timesteps[step].expand(batch)
-            v, v_uncond = self.model.velocity(
-                latents[step], timesteps, cond, uncond, self.guidance_scale
-            )
-            out = gk.sde_step(
-                v,
-                latents[step],
-                coefficients,
-                noise=noise,
-                velocity_uncond=v_uncond,
-                guidance_scale=self.cfg_scale,
-            )
-            latents[step + 1] = out.prev_sample
-            if log_prob is not None and step in table.stochastic:
-                log_prob[step] = out.log_prob
+        if log_prob is None:
+            log_prob = latents.new_zeros(table.num_steps, latents.shape[1])
+        noise = self._noise(table, latents, noise_sources)
+        trajectory = Trajectory(latents, log_prob, noise, self.condition(prompts), table)
+        guidance = Guidance(self.guidance_scale, self.cfg_scale)
+        if self.graphs is None:
+            sample_trajectory(self.model, trajectory, guidance)
+        else:
+            self.graphs.run(self.model, trajectory, guidance, self.weights)
+        for step in set(range(table.num_steps)) - set(table.stochastic):
+            log_prob[step] = 0.0
+
+    def _noise(
+        self, table: StepTable, latents: Tensor, sources: Sequence[torch.Generator] | None
+    ) -> Tensor | None:
+        """All noise of a batch, drawn ahead, because a graph draws none."""
+        if not table.stochastic:
+            return None
+        if sources is None:
+            raise ValueError("noise_sources: expected a generator per row, got None")
+        noise = torch.zeros_like(latents[1:])
+        for step in table.stochastic:
+            noise[step] = normal_rows(sources, self.latent_shape)
+        return noise
 
     def rollout(
         self,
@@ -210,11 +162,17 @@ class Sampler:
         rollout = Rollout(
             plan=plan,
             prompts=[prompts[i] for i in index],
-            latents=torch.empty(shape, device=device),
+            latents=self._allocate(shape),
             log_prob=torch.zeros(table.num_steps, n, device=device),
             table=table,
         )
         return rollout, self._fill(rollout, index, seed, epoch, same_latent)
+
+    def _allocate(self, shape: tuple[int, ...]) -> Tensor:
+        device = self.model.device
+        if not self.offload:
+            return torch.empty(shape, device=device)
+        return torch.empty(shape, pin_memory=device.type == "cuda")
 
     def _fill(
         self, rollout: Rollout, index: Sequence[int], seed: int, epoch: int, same_latent: bool
@@ -229,16 +187,18 @@ class Sampler:
                     for i in padded
                 ]
                 valid = rows.stop - rows.start
-                latents, log_prob = rollout.latents[:, rows], rollout.log_prob[:, rows]
-                if valid < size:  # the padding must not overwrite other samples
-                    steps = len(rollout.latents)
-                    latents = latents.new_empty((steps, len(padded), *self.latent_shape))
-                    log_prob = log_prob.new_zeros(steps - 1, len(padded))
+                in_place = valid == size and rollout.latents.device == device
+                if in_place:
+                    latents, log_prob = rollout.latents[:, rows], rollout.log_prob[:, rows]
+                else:  # the padding must not overwrite other samples
+                    shape = (len(rollout.latents), size, *self.latent_shape)
+                    latents = torch.empty(shape, device=device)
+                    log_prob = rollout.log_prob.new_zeros(len(rollout.log_prob), size)
                 latents[0] = self.initial_latents([("latent", *k) for k in keys], seed)
                 sources = [generator(seed, "noise", epoch, ids[i], device=device) for i in padded]
                 prompts = [rollout.prompts[i] for i in padded]
                 self.run(rollout.table, prompts, latents, log_prob, sources)
-                if valid < size:
+                if not in_place:
                     rollout.latents[:, rows] = latents[:, :valid]
                     rollout.log_prob[:, rows] = log_prob[:, :valid]
                 yield rows

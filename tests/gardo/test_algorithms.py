@@ -17,7 +17,7 @@ from gardo.models.adapters import POLICY
 from gardo.rewards.scoring import RewardSet, ScoreBook, reward_metrics
 from gardo.runtime.process import Runtime
 from gardo.sampling.plan import plan_epoch
-from gardo.sampling.rollout import step_table
+from gardo.sampling.steps import step_table
 from tests.gardo.conftest import PROMPTS
 from tests.gardo.test_models import perturb
 
@@ -226,7 +226,8 @@ def book_of(**scores: list[float]) -> ScoreBook:
 
 
 def shaper_of(config, **changes) -> Shaper:
-    rewards = RewardSet(config.rewards.model_copy(update={"eval": [], "features": None}), CPU)
+    update = {"eval": [], "features": None, "max_missing_share": 0.5}
+    rewards = RewardSet(config.rewards.model_copy(update=update), CPU)
     algorithm = copy.deepcopy(config.algorithm)
     algorithm.diversity = False
     for name, value in changes.items():

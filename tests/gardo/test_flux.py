@@ -13,7 +13,8 @@ from gardo.models.flux import FluxModel
 from gardo.models.loading import load_model
 from gardo.runtime.process import Runtime
 from gardo.runtime.run_folder import RunFolder
-from gardo.sampling.rollout import Sampler, step_table
+from gardo.sampling.rollout import Sampler
+from gardo.sampling.steps import step_table
 from gardo.tiny.models import build_flux_pipeline
 from gardo.trainer import Trainer
 from gardo.types import UserError

@@ -12,7 +12,7 @@ from gardo.models.adapters import POLICY, REFERENCE, build_adapters
 from gardo.models.loading import load_model
 from gardo.runtime.rng import generator
 from gardo.sampling.plan import plan_epoch
-from gardo.sampling.rollout import sde_window, step_table
+from gardo.sampling.steps import sde_window, step_table
 from gardo.types import UserError
 from tests.gardo.conftest import PROMPTS
 
