@@ -87,13 +87,13 @@ class GRPO:
     ) -> gk.GRPOLoss:
         rollout, reference, rows = data.rollout, data.reference, batch.rows
         step = data.steps[step_index]
-        latents = rollout.latents[step, rows]
+        latents = rollout.latents_at(step, rows)
         timesteps = rollout.table.timesteps[step].expand(len(rows))
         v, v_uncond = self.sampler.velocity(latents, timesteps, batch.prompts)
         return gk.grpo_loss(
             v,
             latents,
-            rollout.latents[step + 1, rows],
+            rollout.latents_at(step + 1, rows),
             rollout.log_prob[step, rows],
             batch.advantage,
             rollout.table.coefficients[step],
@@ -124,7 +124,7 @@ class _Batch:
         shaped, rollout = data.shaped, data.rollout
         index = padded_rows(rows, batch_size, torch.device("cpu"))
         prompts = [rollout.prompts[i] for i in index.tolist()]
-        device = rollout.latents.device
+        device = rollout.log_prob.device
         index = index.to(device)
         size = rows.stop - rows.start
         real = torch.arange(batch_size, device=device) < size
