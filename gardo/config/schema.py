@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -40,6 +41,26 @@ def _clip_range(value: Any) -> Any:
     return tuple(float(n) for n in numbers) if parts is value else float(numbers[0])
 
 
+def _proxy(value: Any) -> Any:
+    """One name as it is; several as name -> weight, with weight 1 where none is given."""
+    if isinstance(value, str):
+        names = _names(value)
+        return value.strip() if len(names) == 1 else _proxy(names)
+    if isinstance(value, list):
+        if not all(isinstance(name, str) for name in value) or len(set(value)) != len(value):
+            raise ValueError("expected different reward names")
+        return dict.fromkeys(value, 1.0)
+    if isinstance(value, Mapping):
+        for weight in value.values():
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not number or not math.isfinite(weight) or weight == 0:
+                raise ValueError("expected a weight other than 0 for each reward")
+        value = {name: float(weight) for name, weight in value.items()}
+    if not value:
+        raise ValueError("expected a reward's name, or names with weights")
+    return value
+
+
 def _servers(value: Any) -> Any:
     urls = _names(value)
     for url in urls if isinstance(urls, list) else ():
@@ -56,6 +77,7 @@ def _servers(value: Any) -> Any:
 
 Names = Annotated[list[str], BeforeValidator(_names)]
 Servers = Annotated[list[str], BeforeValidator(_servers), Field(min_length=1)]
+Proxy = Annotated[str | dict[str, float], BeforeValidator(_proxy)]
 ClipRange = Annotated[float | tuple[float, float], BeforeValidator(_clip_range)]
 
 
@@ -120,6 +142,9 @@ class SamplingConfig(Section):
     guidance_scale: NonNegativeFloat = key(1.0, "guidance; for sd3, 1 or less switches it off")
     noise_level: Annotated[float, Field(gt=0.0, le=2.0)] = key(0.7, "eta of the SDE")
     sde: Literal["flow", "cps", "dance"] = key("flow", "SDE variant")
+    solver: Literal["euler", "dpm2"] = key(
+        "euler", "ODE solver of rollouts without noise (nft): Euler or second-order DPM-Solver++"
+    )
     sde_window: NonNegative = key(0, "noise and training on at most this many steps; 0: all")
     sde_window_range: Annotated[tuple[int, int] | None, BeforeValidator(_pair)] = key(
         None, "first and last+1 step that the window may cover; null: the first half"
@@ -148,7 +173,10 @@ class RewardClientConfig(Section):
 
 
 class RewardsConfig(Section):
-    proxy: str = key("count", "the reward that is trained on: a name or module:attribute")
+    proxy: Proxy = key(
+        "count",
+        "the reward that is trained on: a name or module:attribute; several as {name: weight}",
+    )
     aux: Names = key([], "auxiliary rewards that the gate consults")
     eval: Names = key([], "held-out rewards, never trained on")
     parameters: dict[str, dict[str, Any]] = key({}, "keyword arguments per reward name")
@@ -161,12 +189,31 @@ class RewardsConfig(Section):
     )
     client: RewardClientConfig = section(RewardClientConfig, "how servers are asked")
 
+    @property
+    def proxy_weights(self) -> dict[str, float]:
+        """The rewards whose weighted sum is trained on."""
+        return {self.proxy: 1.0} if isinstance(self.proxy, str) else self.proxy
+
+    @property
+    def proxy_name(self) -> str:
+        """What metrics call the proxy: the reward's name, or ``proxy`` for a weighted sum."""
+        return self.proxy if isinstance(self.proxy, str) else "proxy"
+
 
 class GateConfig(Section):
     mode: Literal["paper", "official", "all", "off"] = key(
-        "paper", "which samples get the KL penalty"
+        "paper",
+        "which samples get the KL penalty: over-rated by the proxy (paper), under-rated (official)",
     )
-    fraction: Fraction = key(0.1, "initial share of samples with U >= 0 that are gated")
+    ties: Literal["auto", "half", "ordinal"] = key(
+        "auto",
+        "equal rewards count one half, or rank in sample order; auto: half, with mode official "
+        "ordinal",
+    )
+    fraction: Fraction = key(0.1, "initial share of samples that are gated")
+    share_of: Literal["nonnegative", "all"] = key(
+        "nonnegative", "what the fraction is a share of: the samples with U >= 0, or all"
+    )
     adaptive: bool = key(True, "adapt the fraction to the trend of the uncertainty")
     scope: Literal["batch", "group"] = key("batch", "win rates over the batch or the prompt group")
 
@@ -174,17 +221,53 @@ class GateConfig(Section):
 class ReferenceConfig(Section):
     kl_threshold: NonNegativeFloat = key(3e-4, "reset when the epoch's KL exceeds this; 0: never")
     reset_every: NonNegative = key(10, "reset at least every so many epochs; 0: never")
+    judged_by: Literal["epoch", "update"] = key(
+        "epoch",
+        "which KL the threshold looks at: the epoch's mean over gated samples, or the KL term in "
+        "the loss of any optimizer step",
+    )
+
+
+class NFTConfig(Section):
+    beta: PositiveFloat = key(1.0, "strength of the implicit positive and negative policies")
+    decay_rate: NonNegativeFloat = key(
+        0.001, "the behaviour policy keeps min(rate * (optimizer steps - start), max) of itself"
+    )
+    decay_start: NonNegative = key(0, "optimizer steps in which it follows the policy at once")
+    decay_max: Fraction = key(0.5, "the most that it keeps of itself at an epoch's end")
+
+
+# what the published code does differently; each key can also be set alone
+_OFFICIAL = {"kl_scale": "official", "kl_reduction": "microbatch"}
+_OFFICIAL_SECTIONS: dict[str, dict[str, Any]] = {
+    "gate": {"mode": "official", "ties": "ordinal", "share_of": "nonnegative"},
+    "reference": {"judged_by": "update", "reset_every": 16},  # more than 15 epochs
+}
 
 
 class AlgorithmConfig(Section):
-    name: Literal["grpo"] = key("grpo", "the policy-gradient algorithm")
+    name: Literal["grpo", "nft"] = key(
+        "grpo", "policy gradient on the denoising steps, or DiffusionNFT on the forward process"
+    )
     compat: Literal["paper", "official"] = key(
-        "paper", "official: defaults of gate.mode, kl_scale and kl_reduction as the official code"
+        "paper",
+        "official: defaults of gate.mode, gate.ties, gate.share_of, kl_scale, kl_reduction, "
+        "kl_when_ungated and reference.judged_by, .reset_every as in the published code",
     )
     kl_coef: NonNegativeFloat = key(0.1, "weight of the KL penalty; 0: no reference pass")
     kl_scale: Literal["exact", "official"] = key("exact", "variance in the KL")
-    kl_reduction: Literal["gated", "batch"] = key("gated", "KL averaged over gated or all samples")
+    kl_reduction: Literal["gated", "batch", "microbatch"] = key(
+        "gated",
+        "KL averaged over the gated samples of an update, over all its samples, or over the gated "
+        "samples of each micro-batch",
+    )
+    kl_when_ungated: Literal["none", "all"] = key(
+        "none", "who is penalised where no sample of an update or micro-batch is gated"
+    )
     clip_range: ClipRange = key(1e-4, "PPO clip range, or [low, high]")
+    ratio_norm: Literal["none", "guard"] = key(
+        "none", "guard: GRPO-Guard's normalised ratio and gradient weights (grpo)"
+    )
     adv_clip: PositiveFloat = key(5.0, "advantages are clamped to +- this")
     advantage_norm: Literal["none", "group_std", "global_std"] = key(
         "none", "what centred rewards are divided by"
@@ -192,14 +275,19 @@ class AlgorithmConfig(Section):
     diversity: bool = key(True, "multiply positive advantages by the nearest-neighbour distance")
     gate: GateConfig = section(GateConfig, "which samples are penalised")
     reference: ReferenceConfig = section(ReferenceConfig, "when the reference policy is reset")
+    nft: NFTConfig = section(NFTConfig, "DiffusionNFT's own settings")
 
     @model_validator(mode="before")
     @classmethod
     def _official_defaults(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("compat") == "official":
-            gate = data.get("gate") or {}
-            data = {"kl_scale": "official", "kl_reduction": "gated", **data}
-            data["gate"] = {"mode": "official", **gate} if isinstance(gate, Mapping) else gate
+        if not isinstance(data, Mapping) or data.get("compat") != "official":
+            return data
+        data = {**_OFFICIAL, **data}
+        if data.get("name") == "nft":
+            data.setdefault("kl_when_ungated", "all")
+        for name, defaults in _OFFICIAL_SECTIONS.items():
+            own = data.get(name) or {}
+            data[name] = {**defaults, **own} if isinstance(own, Mapping) else own
         return data
 
 
@@ -293,7 +381,15 @@ def _contradictions(c: Config) -> Iterator[str]:
         )
     if c.algorithm.diversity and c.rewards.features is None:
         yield "algorithm.diversity: needs rewards.features (what distances are measured in)"
-    if c.rewards.proxy in c.rewards.aux:
-        yield f"rewards.aux: '{c.rewards.proxy}' is the proxy and cannot judge itself"
+    for name in c.rewards.proxy_weights:
+        if name in c.rewards.aux:
+            yield f"rewards.aux: '{name}' is the proxy and cannot judge itself"
+    if c.algorithm.name == "nft" and c.algorithm.ratio_norm != "none":
+        yield f"algorithm.ratio_norm: nft has no ratio; expected none, got {c.algorithm.ratio_norm}"
+    if c.algorithm.name == "grpo" and c.sampling.solver != "euler":
+        yield (
+            "sampling.solver: grpo's rollouts are noisy steps; expected euler, "
+            f"got {c.sampling.solver}"
+        )
     if c.model.full_finetune and c.precision == "fp16":
         yield "model.full_finetune: expected precision fp32 or bf16, got fp16"

@@ -136,7 +136,7 @@ def embedding_bytes(config: Config, architecture: Architecture) -> int:
 def reward_items(config: Config) -> list[Item]:
     """Backbones of the rewards and the feature extractor, each once; servers have their own."""
     rewards = config.rewards
-    names = {rewards.proxy, *rewards.aux, *rewards.eval} - rewards.servers.keys()
+    names = {*rewards.proxy_weights, *rewards.aux, *rewards.eval} - rewards.servers.keys()
     names.add(rewards.features or "")
     backbones = {b: count for name in sorted(names) for b, count in _BACKBONES.get(name, ())}
     return [Item(name, 2 * count) for name, count in backbones.items()]

@@ -24,8 +24,9 @@ class RewardSet:
     """The proxy, auxiliary and held-out rewards of a run and its feature extractor."""
 
     def __init__(self, config: RewardsConfig, device: torch.device) -> None:
-        self.proxy, self.aux, self.held_out = config.proxy, list(config.aux), list(config.eval)
-        self.training_names = [self.proxy, *self.aux]
+        self.proxy, self.proxy_weights = config.proxy_name, config.proxy_weights
+        self.aux, self.held_out = list(config.aux), list(config.eval)
+        self.training_names = [*self.proxy_weights, *self.aux]
         self.all_names = list(dict.fromkeys([*self.training_names, *self.held_out]))
         self.max_missing_share = config.max_missing_share
         self._check_names("parameters", config.parameters)
@@ -92,6 +93,18 @@ class RewardSet:
     def maximised(self, name: str, scores: Tensor) -> Tensor:
         """The scores, negated where lower is better."""
         return scores if self._rewards[name].spec.higher_is_better else -scores
+
+    def proxy_scores(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """What is trained on: the weighted sum of the proxy's rewards, each to be maximised.
+
+        Args:
+            scores: ``[n]`` per reward, as scored.
+
+        Returns:
+            ``[n]``, NaN where one of them is missing.
+        """
+        parts = [w * self.maximised(name, scores[name]) for name, w in self.proxy_weights.items()]
+        return torch.stack(parts).sum(0)
 
     def check_missing(self, name: str, scores: Tensor) -> None:
         """Refuse to go on when a reward misses too many scores.
