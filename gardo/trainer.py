@@ -89,7 +89,7 @@ class Trainer:
         config = self.config
         with (
             EpochProgress(
-                config.epochs, config.rewards.proxy, enabled=self.runtime.is_main
+                config.epochs, config.rewards.proxy_name, enabled=self.runtime.is_main
             ) as self.progress,
             folder.metrics() as metrics,
             folder.evaluations() as self.evaluations,

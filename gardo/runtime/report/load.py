@@ -64,6 +64,8 @@ class Run:
     def proxy(self) -> str | None:
         """Name of the proxy reward, or None when the config does not say."""
         names = reward_names(self.config.get("rewards.proxy"))
+        if any(key.startswith("rewards.proxy.") for key in self.config):
+            return "proxy"  # a weighted sum, which has a metric of its own
         return names[0] if names else None
 
     @property
