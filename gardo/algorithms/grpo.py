@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import gardo_kernels as gk
-from gardo.algorithms.reference import ReferenceVelocities
+from gardo.algorithms.reference import RowVelocities
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.config import AlgorithmConfig, TrainConfig
 from gardo.models.adapters import Adapters
@@ -29,7 +29,7 @@ class TrainingData:
 
     rollout: Rollout
     shaped: ShapedEpoch
-    reference: ReferenceVelocities | None
+    reference: RowVelocities | None
     steps: Sequence[int]
 
 

@@ -1,4 +1,4 @@
-"""The reference policy: its velocities on the gated rows, and when it is reset."""
+"""Velocities of the reference and other policies on some rows, and when a reference is reset."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from gardo.sampling.steps import StepTable
 
 
 @dataclass(frozen=True)
-class ReferenceVelocities:
-    """Guided reference velocities of the gated rows, kept for all updates of the epoch.
+class RowVelocities:
+    """Guided velocities of some rows (of the reference: the gated ones), kept for the epoch.
 
     Attributes:
-        velocity: ``[num_trained_steps, num_gated, *latent_shape]``.
-        slot: ``[n]`` int64, where a gated row stands in ``velocity``; 0 for the others.
+        velocity: ``[num_trained_steps, num_rows, *latent_shape]``.
+        slot: ``[n]`` int64, where such a row stands in ``velocity``; 0 for the others.
     """
 
     velocity: Tensor
     slot: Tensor
 
     def rows(self, step_index: int, rows: Tensor) -> Tensor:
-        """``[len(rows), ...]``; rows that are not gated hold a value that must not be used."""
+        """``[len(rows), ...]``; other rows hold a value that must not be used."""
         return self.velocity[step_index, self.slot[rows]]
 
 
@@ -38,35 +38,56 @@ def reference_pass(
     rollout: Rollout,
     gated_rows: Sequence[int],
     steps: Sequence[int],
-) -> ReferenceVelocities | None:
+    timesteps: Tensor | None = None,
+) -> RowVelocities | None:
     """Run the reference on the gated rows of an epoch, once, at every trained step.
 
-    All (row, step) pairs are packed into full batches, so a gated share of f costs f of the
-    forwards that an ungated pass would. Returns None if no row is gated.
+    A gated share of f costs f of the forwards that an ungated pass would. Returns None if no row is
+    gated. Arguments: see `velocity_pass`.
     """
     if not gated_rows:
         return None
-    device, count = rollout.log_prob.device, len(gated_rows)
+    with adapters.use(REFERENCE):
+        return velocity_pass(sampler, rollout, gated_rows, steps, timesteps)
+
+
+def velocity_pass(
+    sampler: Sampler,
+    rollout: Rollout,
+    some_rows: Sequence[int],
+    steps: Sequence[int],
+    timesteps: Tensor | None = None,
+) -> RowVelocities:
+    """Velocities of the active policy on some rows of an epoch, at every trained step.
+
+    All (row, step) pairs are packed into full batches.
+
+    Args:
+        some_rows: at least one row of the rollout.
+        steps: entries of the rollout's latents.
+        timesteps: ``[len(steps), n]``, what the model is told of each latent; None: the schedule's.
+    """
+    device, count = rollout.log_prob.device, len(some_rows)
     # allocated outside inference mode, because training saves it for backward
     velocity = torch.empty((len(steps), count, *sampler.latent_shape), device=device)
     flat = velocity.flatten(0, 1)
-    pairs = [(step, row) for step in steps for row in gated_rows]
-    with adapters.use(REFERENCE), torch.inference_mode():
+    pairs = [(k, row) for k in range(len(steps)) for row in some_rows]
+    trained = torch.tensor(steps, device=device)
+    with torch.inference_mode():
         for start in range(0, len(pairs), sampler.batch_size):
             batch = pairs[start : start + sampler.batch_size]
-            step = torch.tensor([s for s, _ in batch], device=device)
+            k = torch.tensor([k for k, _ in batch], device=device)
             row = torch.tensor([r for _, r in batch], device=device)
+            told = rollout.table.timesteps[trained[k]] if timesteps is None else timesteps[k, row]
             v, v_uncond = sampler.velocity(
-                rollout.latents_at(step, row),
-                rollout.table.timesteps[step],
-                [rollout.prompts[r] for _, r in batch],
+                rollout.latents_at(trained[k], row), told, [rollout.prompts[r] for _, r in batch]
             )
             if v_uncond is not None:
                 v = v_uncond + sampler.cfg_scale * (v - v_uncond)
             flat[start : start + len(batch)] = v
     slot = torch.zeros(len(rollout), dtype=torch.int64, device=device)
-    slot[torch.tensor(gated_rows, device=device)] = torch.arange(count, device=device)
-    return ReferenceVelocities(velocity, slot)
+    slot[torch.tensor(some_rows, device=device)] = torch.arange(count, device=device)
+    return RowVelocities(velocity, slot)
 
 
 class AdaptiveReference:

@@ -1,4 +1,4 @@
-"""The policy and its frozen reference on one transformer: LoRA adapters, or two full copies."""
+"""The policy and its frozen companions on one transformer: LoRA adapters, or full copies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gardo.config import ModelConfig
 from gardo.models.base import FlowModel
 from gardo.types import UserError
 
-POLICY, REFERENCE = "policy", "reference"
+POLICY, REFERENCE, BEHAVIOUR = "policy", "reference", "old"
 
 
 class LoraAdapters:
@@ -85,10 +85,9 @@ class LoraAdapters:
             self.activate(POLICY)
 
     @torch.no_grad()
-    def copy(self, source: str, target: str) -> None:
-        """Overwrite the target adapter's weights with the source's."""
-        for name, parameter in self._parameters[target].items():
-            parameter.copy_(self._parameters[source][name])
+    def copy(self, source: str, target: str, keep: float = 0.0) -> None:
+        """Overwrite the target adapter's weights: ``keep * target + (1 - keep) * source``."""
+        _blend(self.parameters(source), self.parameters(target), keep)
 
     def state_dict(self, adapter: str) -> dict[str, Tensor]:
         """Detached copies of an adapter's weights."""
@@ -135,8 +134,8 @@ class FullCopies:
             self._model.transformer = self.transformer
 
     @torch.no_grad()
-    def copy(self, source: str, target: str) -> None:
-        self._modules[target].load_state_dict(self._modules[source].state_dict())
+    def copy(self, source: str, target: str, keep: float = 0.0) -> None:
+        _blend(self.parameters(source), self.parameters(target), keep)
 
     def state_dict(self, adapter: str) -> dict[str, Tensor]:
         return {n: t.detach().clone() for n, t in self.parameters(adapter).items()}
@@ -153,12 +152,24 @@ class FullCopies:
 Adapters = LoraAdapters | FullCopies
 
 
-def build_adapters(model: FlowModel, config: ModelConfig, seed: int) -> Adapters:
-    """The policy and the reference as the configuration asks for them."""
-    names = (POLICY, REFERENCE)
+def build_adapters(
+    model: FlowModel,
+    config: ModelConfig,
+    seed: int,
+    names: Sequence[str] = (POLICY, REFERENCE),
+) -> Adapters:
+    """The policy and its companions as the configuration asks for them."""
     if config.full_finetune:
         return FullCopies(model, names)
     return LoraAdapters(model, config, seed, names)
+
+
+def _blend(source: Mapping[str, Tensor], target: Mapping[str, Tensor], keep: float) -> None:
+    for name, tensor in target.items():
+        if keep:
+            tensor.mul_(keep).add_(source[name], alpha=1 - keep)
+        else:
+            tensor.copy_(source[name])
 
 
 def load_exactly(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
