@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from gardo.algorithms.ema import EMA
 from gardo.algorithms.grpo import GRPO, TrainingData, UpdateStats
+from gardo.algorithms.parity import check_parity, ratio_deviation
 from gardo.algorithms.reference import AdaptiveReference, reference_pass, trained_steps
 from gardo.algorithms.shaping import ShapedEpoch, Shaper
 from gardo.config import Config
@@ -20,6 +22,8 @@ from gardo.models.loading import load_model
 from gardo.rewards.overlap import ScoringWorker
 from gardo.rewards.scoring import RewardSet, ScoreBook
 from gardo.runtime.images import image_grid, save_grid
+from gardo.runtime.metrics import read_metrics
+from gardo.runtime.model_card import write_model_card
 from gardo.runtime.process import Runtime
 from gardo.runtime.progress import EpochProgress
 from gardo.runtime.rng import derive_seed
@@ -74,6 +78,7 @@ class Trainer:
             graphs=self.graphs,
             offload=config.sampling.offload_trajectories,
         )
+        self.parity_checked = False
         self.schedule = self.model.schedule(config.sampling.num_steps, self.resolution)
         self.shaper = Shaper(config.algorithm, self.rewards)
         self.grpo = GRPO(
@@ -122,6 +127,7 @@ class Trainer:
             data = self.training_data(epoch, rollout, shaped)
         rows_reference = self.model.rows - rows_before - rows_rollout
         with stage("update"):
+            self.check_parity(rollout, data.steps)
             stats = UpdateStats()
             for index in range(config.train.updates_per_epoch):
                 self.grpo.update(data, index, stats)
@@ -187,6 +193,16 @@ class Trainer:
         reference = reference_pass(self.sampler, self.adapters, rollout, shaped.gated_rows, steps)
         return TrainingData(rollout, shaped, reference, steps)
 
+    def check_parity(self, rollout: Rollout, steps: Sequence[int]) -> None:
+        """Once per run: do sampling and training agree on the log-probs? UserError if not."""
+        if self.parity_checked:
+            return
+        batch_size, bound = self.config.train.batch_size, self.config.sampling.max_ratio_deviation
+        deviation = ratio_deviation(self.sampler, rollout, steps, batch_size)
+        worst = check_parity(deviation, bound, self.runtime)
+        self.progress.write(f"before the first update: max |ratio - 1| = {worst:.1e}")
+        self.parity_checked = True
+
     def evaluate(self, folder: RunFolder, epoch: int, name: str) -> None:
         """Held-out evaluation after ``epoch`` epochs, with a grid of the same seeds."""
         started = time.perf_counter()
@@ -207,6 +223,8 @@ class Trainer:
                 self.adapters.export(self.model, str(folder.export))
         else:
             self.adapters.export(self.model, str(folder.export))
+        rows = read_metrics(folder.path / "evaluation.jsonl", ignore_unfinished=True)
+        write_model_card(folder.export, self.config, self.model.family, rows)
         trainable = sum(p.numel() for p in self.adapters.parameters().values())
         folder.write_summary(
             recipe=self.config.recipe,
