@@ -15,6 +15,7 @@ from gardo.config.loading import (
 )
 from gardo.config.schema import (
     AlgorithmConfig,
+    CheckpointConfig,
     Config,
     EvaluationConfig,
     ModelConfig,
@@ -28,6 +29,7 @@ from gardo.config.schema import (
 __all__ = [
     "RECIPES",
     "AlgorithmConfig",
+    "CheckpointConfig",
     "Config",
     "EvaluationConfig",
     "ModelConfig",

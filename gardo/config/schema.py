@@ -226,6 +226,19 @@ class ReferenceConfig(Section):
         "which KL the threshold looks at: the epoch's mean over gated samples, or the KL term in "
         "the loss of any optimizer step",
     )
+    guard: bool = key(
+        False, "reset only to a policy that the auxiliary rewards like no less than the reference"
+    )
+    guard_window: Positive = key(5, "epochs that the guard looks at")
+    guard_share: Annotated[float, Field(gt=0.0, le=1.0)] = key(
+        0.1, "share of the samples, the best by the proxy, that the guard compares"
+    )
+    guard_win_rate: Fraction = key(
+        0.5, "least win rate of those against the reference's, by the auxiliary rewards"
+    )
+    guard_uncertainty: NonNegativeFloat = key(
+        0.05, "most that the mean uncertainty may exceed the reference's"
+    )
 
 
 class NFTConfig(Section):
@@ -325,6 +338,24 @@ class EvaluationConfig(Section):
     seed: NonNegative = key(1234, "seed of the images, the same at every evaluation")
 
 
+class CheckpointConfig(Section):
+    every: NonNegative = key(
+        10, "epochs between checkpoints; 0: only when the run stops, fails or ends"
+    )
+    keep_last: Positive = key(2, "how many of the newest are kept")
+    keep_best: str | None = key(
+        None,
+        "keep the best one, too, by this metric of metrics.jsonl, or evaluation/NAME for one of "
+        "evaluation.jsonl",
+    )
+    best: Literal["max", "min"] = key("max", "whether keep_best looks for the largest or smallest")
+    snapshot: bool = key(
+        True,
+        "keep a copy of the trained weights and the optimizer in host memory, so that a signal "
+        "can end the run within an epoch's updates; false: it lets them finish",
+    )
+
+
 class Config(Section):
     """The whole run. Attributes are the areas of the command line."""
 
@@ -343,6 +374,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = section(AlgorithmConfig, "GARDO's parts and their switches")
     train: TrainConfig = section(TrainConfig, "optimisation")
     evaluation: EvaluationConfig = section(EvaluationConfig, "held-out evaluation and pictures")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "what a run is resumed from")
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -393,3 +425,11 @@ def _contradictions(c: Config) -> Iterator[str]:
         )
     if c.model.full_finetune and c.precision == "fp16":
         yield "model.full_finetune: expected precision fp32 or bf16, got fp16"
+    best, every = c.checkpoint.keep_best, c.checkpoint.every
+    if best is not None and best.startswith("evaluation/"):
+        if not (every and c.evaluation.every and c.evaluation.every % every == 0):
+            yield (
+                f"checkpoint.keep_best: '{best}' needs checkpoints where evaluations are; expected "
+                f"evaluation.every to be a multiple of checkpoint.every, got "
+                f"{c.evaluation.every} and {every}"
+            )

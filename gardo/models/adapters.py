@@ -67,6 +67,11 @@ class LoraAdapters:
             if f".{adapter}." in name and ".lora_" in name:
                 yield name.replace(f".{adapter}.", "."), parameter
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters, the policy among them."""
+        return tuple(self._parameters)
+
     def parameters(self, adapter: str = POLICY) -> dict[str, nn.Parameter]:
         """Parameters of an adapter by a name that is the same for all adapters."""
         return self._parameters[adapter]
@@ -121,6 +126,11 @@ class FullCopies:
         for name in names:
             if name != POLICY:
                 self._modules[name] = copy.deepcopy(self.transformer).requires_grad_(False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The copies, the policy itself among them."""
+        return tuple(self._modules)
 
     def parameters(self, adapter: str = POLICY) -> dict[str, nn.Parameter]:
         return dict(self._modules[adapter].named_parameters())
