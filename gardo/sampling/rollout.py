@@ -17,6 +17,11 @@ from gardo.sampling.steps import StepTable
 from gardo.sampling.trajectory import Conditioning, Guidance, Trajectory, sample_trajectory
 
 
+def noise_source(seed: int, epoch: int, sample_id: int, device: torch.device) -> torch.Generator:
+    """What draws the noise of a sample's stochastic steps, one after the other."""
+    return generator(seed, "noise", epoch, sample_id, device=device)
+
+
 @dataclass
 class Rollout:
     """The samples of one epoch on this process.
@@ -195,7 +200,7 @@ class Sampler:
                     latents = torch.empty(shape, device=device)
                     log_prob = rollout.log_prob.new_zeros(len(rollout.log_prob), size)
                 latents[0] = self.initial_latents([("latent", *k) for k in keys], seed)
-                sources = [generator(seed, "noise", epoch, ids[i], device=device) for i in padded]
+                sources = [noise_source(seed, epoch, ids[i], device) for i in padded]
                 prompts = [rollout.prompts[i] for i in padded]
                 self.run(rollout.table, prompts, latents, log_prob, sources)
                 if not in_place:
