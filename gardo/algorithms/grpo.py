@@ -9,94 +9,110 @@ import torch
 from torch import Tensor
 
 import gardo_kernels as gk
-from gardo.algorithms.reference import RowVelocities
+from gardo.algorithms.reference import reference_pass, trained_steps
 from gardo.algorithms.shaping import ShapedEpoch
-from gardo.config import AlgorithmConfig, TrainConfig
-from gardo.models.adapters import Adapters
-from gardo.runtime.process import Runtime
-from gardo.sampling.plan import batches, padded_rows
-from gardo.sampling.rollout import Rollout, Sampler
+from gardo.algorithms.update import Algorithm, EpochData, MicroBatch, UpdateStats
+from gardo.models.base import Schedule
+from gardo.runtime.rng import derive_seed, normal_rows
+from gardo.sampling.plan import batches
+from gardo.sampling.rollout import Rollout, noise_source
+
+__all__ = ["GRPO", "RatioNorm", "TrainingData", "UpdateStats"]
+
+
+@dataclass(frozen=True)
+class RatioNorm:
+    """What GRPO-Guard needs of the trained steps beyond GRPO.
+
+    Attributes:
+        noise: ``[num_trained_steps, n, *latent_shape]`` float32, the noise that sampling added.
+        step_size: ``-dt`` of each trained step.
+    """
+
+    noise: Tensor
+    step_size: Sequence[float]
 
 
 @dataclass
-class TrainingData:
-    """One epoch's samples, ready for its updates.
+class TrainingData(EpochData):
+    """One epoch of trajectories; ``steps`` are the trained denoising steps."""
 
-    Attributes:
-        reference: velocities of the gated rows; None switches the KL off.
-        steps: the denoising steps that are trained.
-    """
-
-    rollout: Rollout
-    shaped: ShapedEpoch
-    reference: RowVelocities | None
-    steps: Sequence[int]
+    ratio_norm: RatioNorm | None = field(default=None, kw_only=True)
 
 
-class GRPO:
-    """Updates the policy from `TrainingData`."""
+class GRPO(Algorithm):
+    """Updates the policy from `TrainingData`: Flow-GRPO (arXiv 2505.05470), with GARDO's KL."""
 
-    def __init__(
-        self,
-        algorithm: AlgorithmConfig,
-        train: TrainConfig,
-        sampler: Sampler,
-        adapters: Adapters,
-        optimizer: torch.optim.Optimizer,
-        runtime: Runtime,
-    ) -> None:
-        self.algorithm = algorithm
-        self.train = train
-        self.sampler = sampler
-        self.parameters = list(adapters.parameters().values())
-        self.optimizer = optimizer
-        self.runtime = runtime
+    def prepare(
+        self, rollout: Rollout, shaped: ShapedEpoch, schedule: Schedule, seed: int, epoch: int
+    ) -> TrainingData:
+        """Choose the steps to train and run the reference on the gated rows."""
+        train = self.train
+        steps = trained_steps(
+            rollout.table,
+            train.timestep_fraction,
+            train.timestep_selection,
+            derive_seed(seed, "steps", epoch),
+        )
+        shaped = self.penalised(shaped, rollout.plan)
+        before = self.sampler.model.rows
+        reference = reference_pass(self.sampler, self.adapters, rollout, shaped.gated_rows, steps)
+        ratio_norm = None
+        if self.algorithm.ratio_norm == "guard":
+            sizes = (schedule.sigmas[:-1] - schedule.sigmas[1:]).tolist()
+            noise = sampling_noise(rollout, steps, self.sampler.latent_shape, seed, epoch)
+            ratio_norm = RatioNorm(noise, [sizes[step] for step in steps])
+        return TrainingData(
+            rollout,
+            shaped,
+            reference,
+            steps,
+            reference_rows=self.sampler.model.rows - before,
+            ratio_norm=ratio_norm,
+        )
 
-    def update(self, data: TrainingData, index: int, stats: UpdateStats) -> None:
-        """Make the epoch's optimizer step number ``index``.
-
-        Every batch is weighted by its share of the update, so that the gradient depends neither on
-        the batch size nor on the number of processes.
-        """
-        self._accumulate_gradients(data, index, stats)
-        accelerator = self.runtime.accelerator
-        norm = accelerator.clip_grad_norm_(self.parameters, self.train.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        stats.finish_update(norm, data.shaped.gated_per_update[index])
-
-    def _accumulate_gradients(self, data: TrainingData, index: int, stats: UpdateStats) -> None:
+    def _accumulate_gradients(self, data: EpochData, index: int, stats: UpdateStats) -> None:
         plan = data.rollout.plan
-        size, gated = plan.update_sizes[index], data.shaped.gated_per_update[index]
-        kl_coef = self.algorithm.kl_coef if data.reference is not None else 0.0
-        if self.algorithm.kl_reduction == "gated":
-            # the kernel divides the KL's sum by the batch; this makes it the mean over the gated
-            kl_coef *= size / max(gated, 1)
+        size, share = plan.update_sizes[index], 1 / len(data.steps)
         batch_size = plan.batch_size(self.train.batch_size)
         for rows in batches(plan.updates[index], batch_size):
-            batch = _Batch.take(data, rows, batch_size)
+            batch = MicroBatch.take(data, rows, batch_size)
+            kl_weight = self.kl_weight(data, index, rows)
             # gradients are averaged over processes, and the kernel averages over the batch
-            weight = len(batch.rows) * self.runtime.world_size / size / len(data.steps)
+            weight = len(batch.rows) * self.runtime.world_size / size * share
             for step_index in range(len(data.steps)):
-                out = self._loss(data, batch, step_index, kl_coef)
+                out = self._loss(data, batch, step_index, self.algorithm.kl_coef * kl_weight * size)
                 self.runtime.accelerator.backward(out.loss * weight)
-                stats.add(out, batch, 1 / len(data.steps), self.algorithm.clip_range)
+                # padding adds nothing to a loss, so sums over the batch are those of its samples
+                count = len(batch.rows) * share
+                stats.add(
+                    out.policy_loss * count,
+                    out.loss * count,
+                    out.kl * count,
+                    kl_weight,
+                    batch.size * share,
+                )
+                stats.add_ratio(out.ratio, batch.real, share, self.algorithm.clip_range)
 
     def _loss(
-        self, data: TrainingData, batch: _Batch, step_index: int, kl_coef: float
+        self, data: EpochData, batch: MicroBatch, step_index: int, kl_coef: float
     ) -> gk.GRPOLoss:
+        """The loss of a batch; its KL is the sum over gated samples divided by the batch size."""
         rollout, reference, rows = data.rollout, data.reference, batch.rows
         step = data.steps[step_index]
-        latents = rollout.latents_at(step, rows)
+        latents, prev = rollout.latents_at(step, rows), rollout.latents_at(step + 1, rows)
         timesteps = rollout.table.timesteps[step].expand(len(rows))
         v, v_uncond = self.sampler.velocity(latents, timesteps, batch.prompts)
-        return gk.grpo_loss(
+        coef = rollout.table.coefficients[step]
+        guard = data.ratio_norm if isinstance(data, TrainingData) else None
+        out = gk.grpo_loss(
             v,
             latents,
-            rollout.latents_at(step + 1, rows),
+            prev,
             rollout.log_prob[step, rows],
-            batch.advantage,
-            rollout.table.coefficients[step],
+            # the guarded policy loss stands below; the kernel then gives the KL alone
+            batch.advantage if guard is None else torch.zeros_like(batch.advantage),
+            coef,
             clip_range=self.algorithm.clip_range,
             adv_clip=self.algorithm.adv_clip,
             gate=None if reference is None else batch.gate,
@@ -106,82 +122,61 @@ class GRPO:
             velocity_uncond=v_uncond,
             guidance_scale=self.sampler.cfg_scale,
         )
+        if guard is None:
+            return out
+        if v_uncond is not None:
+            v = v_uncond + self.sampler.cfg_scale * (v - v_uncond)
+        ratio = normalised_ratio(v, latents, prev, guard.noise[step_index, rows], coef)
+        advantage = batch.advantage.clamp(-self.algorithm.adv_clip, self.algorithm.adv_clip)
+        policy = clipped_loss(ratio, advantage, self.algorithm.clip_range)
+        policy = policy / guard.step_size[step_index]
+        return out._replace(
+            loss=out.loss + policy, policy_loss=policy.detach(), ratio=ratio.detach()
+        )
 
 
-@dataclass
-class _Batch:
-    """A full batch of rows; padding repeats the last sample without advantage and gate."""
+def normalised_ratio(
+    velocity: Tensor, sample: Tensor, prev_sample: Tensor, noise: Tensor, coef: gk.SDECoefficients
+) -> Tensor:
+    """GRPO-Guard's importance ratio (RatioNorm, arXiv 2510.22319), ``[B]`` float32.
 
-    rows: Tensor
-    size: int  # without the padding
-    real: Tensor
-    prompts: list[str]
-    advantage: Tensor
-    gate: Tensor
+    It adds the shift of the mean, ``mean((m - m_old)^2) / (2 c^2)``, to the difference of the
+    log-probs and multiplies by the standard deviation ``c`` of the transition, so that the ratio
+    has mean 1 and the same spread at every step. With ``prev = m_old + c*z`` the squares cancel::
 
-    @classmethod
-    def take(cls, data: TrainingData, rows: slice, batch_size: int) -> _Batch:
-        shaped, rollout = data.shaped, data.rollout
-        index = padded_rows(rows, batch_size, torch.device("cpu"))
-        prompts = [rollout.prompts[i] for i in index.tolist()]
-        device = rollout.log_prob.device
-        index = index.to(device)
-        size = rows.stop - rows.start
-        real = torch.arange(batch_size, device=device) < size
-        advantage = torch.where(real, shaped.advantage[index], 0.0)
-        return cls(index, size, real, prompts, advantage, shaped.gate[index] & real)
+        log ratio = mean(z * (m - m_old)),  m = a*x + b*v
+
+    Args:
+        velocity: guided velocity of the policy, ``[B, ...]``; the ratio is differentiable in it.
+        sample, prev_sample: the step of the trajectory, ``[B, ...]``.
+        noise: the ``z`` that made it, ``[B, ...]``.
+        coef: of the step, 0-d fields.
+    """
+    old_mean = prev_sample - coef.c * noise
+    mean = coef.a * sample + coef.b * velocity.float()
+    return torch.exp((noise * (mean - old_mean)).flatten(1).mean(1))
 
 
-@dataclass
-class UpdateStats:
-    """Sums over an epoch's updates, kept on the device until `metrics` reads them once."""
-
-    policy_loss: list[Tensor] = field(default_factory=list)
-    total_loss: list[Tensor] = field(default_factory=list)
-    kl: list[Tensor] = field(default_factory=list)
-    clipped: list[Tensor] = field(default_factory=list)
-    samples: float = 0.0
-    ratio_deviation: list[Tensor] = field(default_factory=list)
-    grad_norm: list[Tensor] = field(default_factory=list)
-    gated: int = 0
-
-    def add(
-        self, out: gk.GRPOLoss, batch: _Batch, share: float, clip_range: float | tuple[float, float]
-    ) -> None:
-        """Add one kernel call; ``share`` is 1 over the number of trained steps."""
-        # the kernel averages over all rows; padding adds nothing to a loss, so sums are exact
-        size = len(batch.rows) * share
-        self.policy_loss.append(out.policy_loss.detach() * size)
-        self.total_loss.append(out.loss.detach() * size)
-        self.kl.append(out.kl.detach() * size)
-        self.clipped.append((_outside(out.ratio.detach(), clip_range) & batch.real).sum() * share)
-        self.samples += batch.size * share
-        if not self.grad_norm:  # before the first step the policy is still the one that sampled
-            self.ratio_deviation.append(((out.ratio.detach() - 1).abs() * batch.real).max())
-
-    def finish_update(self, grad_norm: Tensor, gated: int) -> None:
-        """Close an optimizer step; ``gated`` counts its gated samples over all processes."""
-        self.grad_norm.append(grad_norm.detach())
-        self.gated += gated
-
-    def metrics(self, runtime: Runtime) -> tuple[dict[str, float], float | None]:
-        """The epoch's figures over all processes, and its mean KL over gated samples, if any."""
-        sums = [self.policy_loss, self.total_loss, self.kl, self.clipped]
-        local = torch.stack([torch.stack(values).double().sum() for values in sums])
-        count = torch.tensor([self.samples], dtype=torch.float64, device=local.device)
-        policy, total, kl_sum, clipped, samples = runtime.sum(torch.cat([local, count])).tolist()
-        deviation = runtime.max(torch.stack(self.ratio_deviation).max())
-        kl = kl_sum / self.gated if self.gated else None
-        return {
-            "loss/policy": policy / samples,
-            "loss/total": total / samples,
-            "kl": 0.0 if kl is None else kl,
-            "clip_fraction": clipped / samples,
-            "ratio/max_abs_dev": float(deviation),
-            "grad_norm": float(torch.stack(self.grad_norm).mean()),
-        }, kl
-
-
-def _outside(ratio: Tensor, clip_range: float | tuple[float, float]) -> Tensor:
+def clipped_loss(
+    ratio: Tensor, advantage: Tensor, clip_range: float | tuple[float, float]
+) -> Tensor:
+    """PPO's loss averaged over the batch: ``max(-A*r, -A*clamp(r, 1-low, 1+high))``, 0-d."""
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
-    return (ratio < 1 - low) | (ratio > 1 + high)
+    clipped = ratio.clamp(1 - low, 1 + high)
+    return torch.maximum(-advantage * ratio, -advantage * clipped).mean()
+
+
+@torch.no_grad()
+def sampling_noise(
+    rollout: Rollout, steps: Sequence[int], shape: Sequence[int], seed: int, epoch: int
+) -> Tensor:
+    """Draw the noise of a rollout's steps again, ``[len(steps), n, *shape]`` float32."""
+    device, table = rollout.log_prob.device, rollout.table
+    ids = rollout.plan.sample_ids.tolist()
+    sources = [noise_source(seed, epoch, i, device) for i in ids]
+    out = torch.empty((len(steps), len(ids), *shape), device=device)
+    for step in table.stochastic:  # in the order of sampling
+        noise = normal_rows(sources, shape)
+        if step in steps:
+            out[list(steps).index(step)] = noise
+    return out

@@ -26,6 +26,7 @@ class ShapedEpoch:
         gated_rows: the rows where ``gate`` holds, on the host.
         gated_per_update: gated samples per update over all processes.
         metrics: figures of the epoch over all processes.
+        mode: how the gate was drawn: paper, official, all or off.
     """
 
     advantage: Tensor
@@ -33,6 +34,7 @@ class ShapedEpoch:
     gated_rows: tuple[int, ...]
     gated_per_update: tuple[int, ...]
     metrics: dict[str, float]
+    mode: str = "paper"
 
 
 class Shaper:
@@ -48,13 +50,18 @@ class Shaper:
     def __call__(self, book: ScoreBook, plan: EpochPlan, runtime: Runtime) -> ShapedEpoch:
         total = sum(plan.update_sizes)
         metrics: dict[str, float] = {}
-        columns = []
+        scores: dict[str, Tensor] = {}
         for name in self.rewards.training_names:
-            scores = runtime.gather(book.scores(name), plan.sample_ids, total).double()
-            self.rewards.check_missing(name, scores)
-            metrics |= reward_metrics(name, scores, book.seconds_per_image(name))
-            columns.append(self.rewards.maximised(name, scores))
-        group_ids = torch.arange(total, device=columns[0].device) % plan.prompts
+            scores[name] = runtime.gather(book.scores(name), plan.sample_ids, total).double()
+            self.rewards.check_missing(name, scores[name])
+            metrics |= reward_metrics(name, scores[name], book.seconds_per_image(name))
+        proxy = self.rewards.proxy_scores(scores)
+        if self.rewards.proxy not in scores:
+            metrics |= reward_metrics(self.rewards.proxy, proxy)
+        aux = torch.empty(len(self.rewards.aux), total, dtype=proxy.dtype, device=proxy.device)
+        for row, name in zip(aux, self.rewards.aux, strict=True):
+            row.copy_(self.rewards.maximised(name, scores[name]))
+        group_ids = torch.arange(total, device=proxy.device) % plan.prompts
 
         distance = None
         features = book.features()
@@ -64,10 +71,11 @@ class Shaper:
             # a sample without an image has no distance
             metrics["diversity/nn_distance"] = float(distance.nanmean())
 
-        shaped = self._shape(columns, group_ids, distance)
+        shaped = self._shape(proxy, aux, group_ids, distance)
         # an order statistic of a handful of numbers: one transfer per epoch
         metrics["gate/fraction"] = self.controller.fraction
         metrics["gate/share"] = float(shaped.gate.double().mean())
+        metrics["gate/threshold"] = float(shaped.threshold)
         metrics["uncertainty/mean"] = float(shaped.mean_uncertainty)
         starts = accumulate(plan.update_sizes, initial=0)
         mine = plan.sample_ids.to(shaped.gate.device)
@@ -78,36 +86,60 @@ class Shaper:
             gated_rows=tuple(gate.nonzero().flatten().tolist()),
             gated_per_update=tuple(int(shaped.gate[a:b].sum()) for a, b in pairwise(starts)),
             metrics=metrics,
+            mode=self.gate_mode,
         )
 
     def _shape(
-        self, columns: list[Tensor], group_ids: Tensor, distance: Tensor | None
+        self, proxy: Tensor, aux: Tensor, group_ids: Tensor, distance: Tensor | None
     ) -> gk.ShapedRewards:
-        proxy, aux = columns[0], torch.stack(columns[1:]) if columns[1:] else columns[0][:0]
-        aux = aux.reshape(len(columns) - 1, len(proxy))
+        gate = self.config.gate
+        advantage = gk.shape_rewards(
+            proxy,
+            aux,
+            group_ids,
+            distance=distance.double() if self.config.diversity and distance is not None else None,
+            advantage_norm=self.config.advantage_norm,
+            gate="off",
+        ).advantage
+        if distance is not None and self.config.diversity:
+            # a sample without a distance takes no part in the gate, either
+            proxy = torch.where(distance.isfinite(), proxy, torch.nan)
+        rule, sign = self._gate_rule()
 
         def shape(fraction: float) -> gk.ShapedRewards:
             return gk.shape_rewards(
-                proxy,
-                aux,
-                group_ids,
-                distance=distance.double()
-                if self.config.diversity and distance is not None
-                else None,
-                fraction=fraction,
-                advantage_norm=self.config.advantage_norm,
-                gate=self.gate_mode,
-                scope=self.config.gate.scope,
+                sign * proxy, sign * aux, group_ids, fraction=fraction, gate=rule, scope=gate.scope
             )
 
-        before = self.controller.fraction
-        shaped = shape(before)
-        if self.config.gate.adaptive and self.gate_mode in ("paper", "official"):
-            # the fraction follows this epoch's uncertainty before the gate is drawn
-            after = self.controller.update(float(shaped.mean_uncertainty))
-            if after != before:
-                shaped = shape(after)
-        return shaped
+        drawn = shape(self.controller.fraction)
+        if self.gate_mode in ("paper", "official"):
+            if gate.adaptive:
+                # the fraction follows this epoch's uncertainty before the gate is drawn
+                self.controller.update(float(drawn.mean_uncertainty))
+            drawn = shape(self._share(drawn, proxy, aux))
+        return drawn._replace(advantage=advantage)
+
+    def _gate_rule(self) -> tuple[str, int]:
+        """The kernel's gate, and the sign of the rewards that it is given.
+
+        The kernel's ``paper`` gate halves ties and takes over-rated samples; its ``official`` gate
+        ranks ties in sample order and takes under-rated ones. Negated rewards are under-rated where
+        the rewards are over-rated, so a sign gives the other two combinations.
+        """
+        mode, ties = self.gate_mode, self.config.gate.ties
+        if mode not in ("paper", "official") or ties == "auto":
+            return mode, 1
+        rule = "official" if ties == "ordinal" else "paper"
+        return rule, 1 if rule == mode else -1
+
+    def _share(self, drawn: gk.ShapedRewards, proxy: Tensor, aux: Tensor) -> float:
+        """The share of the samples with U >= 0 that is gated."""
+        fraction = self.controller.fraction
+        if self.config.gate.share_of == "nonnegative":
+            return fraction
+        valid = proxy.isfinite() & aux.isfinite().all(0)
+        eligible = int((valid & (drawn.uncertainty >= 0)).sum())
+        return min(1.0, fraction * int(valid.sum()) / max(eligible, 1))
 
     def state_dict(self) -> dict[str, Any]:
         return self.controller.state_dict()

@@ -341,4 +341,4 @@ def test_trained_steps(model):
 
 def test_official_setting_is_reachable():
     config = load_config("tiny", overrides=[("algorithm.compat", "official")])
-    assert config.algorithm.kl_reduction == "gated"
+    assert config.algorithm.kl_reduction == "microbatch"

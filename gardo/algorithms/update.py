@@ -1,0 +1,265 @@
+"""What the algorithms share: an epoch's data, micro-batches, the KL's weights and the figures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gardo.algorithms.reference import RowVelocities
+from gardo.algorithms.shaping import ShapedEpoch
+from gardo.config import AlgorithmConfig, TrainConfig
+from gardo.models.adapters import POLICY, Adapters
+from gardo.models.base import Schedule
+from gardo.runtime.process import Runtime
+from gardo.sampling.plan import EpochPlan, batches, padded_rows
+from gardo.sampling.rollout import Rollout, Sampler
+
+
+@dataclass
+class EpochData:
+    """One epoch's samples, ready for its updates.
+
+    Attributes:
+        reference: velocities of the penalised rows; None switches the KL off.
+        steps: the entries of the rollout's latents that are trained.
+        reference_rows: transformer rows that the reference took.
+    """
+
+    rollout: Rollout
+    shaped: ShapedEpoch
+    reference: RowVelocities | None
+    steps: Sequence[int]
+    reference_rows: int = field(default=0, kw_only=True)
+
+
+class Algorithm(ABC):
+    """Turns a scored rollout into optimizer steps of the policy."""
+
+    #: the adapter that draws the rollouts
+    sampled_by: ClassVar[str] = POLICY
+
+    def __init__(
+        self,
+        algorithm: AlgorithmConfig,
+        train: TrainConfig,
+        sampler: Sampler,
+        adapters: Adapters,
+        optimizer: torch.optim.Optimizer,
+        runtime: Runtime,
+    ) -> None:
+        self.algorithm = algorithm
+        self.train = train
+        self.sampler = sampler
+        self.adapters = adapters
+        self.parameters = list(adapters.parameters().values())
+        self.optimizer = optimizer
+        self.runtime = runtime
+
+    @abstractmethod
+    def prepare(
+        self, rollout: Rollout, shaped: ShapedEpoch, schedule: Schedule, seed: int, epoch: int
+    ) -> EpochData:
+        """Choose what is trained, and run all forwards that need no gradient.
+
+        Args:
+            schedule: of the rollout.
+            seed: the run's; everything random is a function of it, the epoch and sample ids.
+        """
+
+    def update(self, data: EpochData, index: int, stats: UpdateStats) -> None:
+        """Make the epoch's optimizer step number ``index``.
+
+        Every batch is weighted by its share of the update, so that the gradient depends neither on
+        the batch size nor on the number of processes (unless ``kl_reduction`` is ``microbatch``).
+        """
+        self._accumulate_gradients(data, index, stats)
+        accelerator = self.runtime.accelerator
+        norm = accelerator.clip_grad_norm_(self.parameters, self.train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        stats.finish_update(norm, data.shaped.gated_per_update[index])
+
+    @abstractmethod
+    def _accumulate_gradients(self, data: EpochData, index: int, stats: UpdateStats) -> None:
+        """Backward through every micro-batch of an update."""
+
+    def finish_epoch(self, optimizer_steps: int) -> dict[str, float]:
+        """After an epoch's updates; ``optimizer_steps`` counts those of the whole run.
+
+        Returns:
+            further metrics.
+        """
+        return {}
+
+    def penalised(self, shaped: ShapedEpoch, plan: EpochPlan) -> ShapedEpoch:
+        """The samples that carry the KL: the gated ones, or more with ``kl_when_ungated: all``.
+
+        Then an update without a gated sample, or with ``kl_reduction: microbatch`` a micro-batch
+        without one, penalises all of its samples, as published code does for DiffusionNFT.
+        """
+        if self.algorithm.kl_when_ungated == "none" or shaped.mode not in ("paper", "official"):
+            return shaped
+        rows, per_update = list(shaped.gated_rows), list(shaped.gated_per_update)
+        for index, update in enumerate(plan.updates):
+            if self.algorithm.kl_reduction == "microbatch":
+                parts = batches(update, plan.batch_size(self.train.batch_size))
+            else:
+                parts = [update] if per_update[index] == 0 else []
+            added = [i for p in parts if _count(shaped.gated_rows, p) == 0 for i in _rows(p)]
+            rows += added
+            # how many the other processes add is theirs to know
+            more = torch.tensor(float(len(added)), device=shaped.gate.device)
+            per_update[index] += int(self.runtime.sum(more))
+        gate = torch.zeros_like(shaped.gate)
+        gate[torch.tensor(rows, dtype=torch.int64, device=gate.device)] = True
+        return replace(
+            shaped, gate=gate, gated_rows=tuple(sorted(rows)), gated_per_update=tuple(per_update)
+        )
+
+    def kl_weight(self, data: EpochData, index: int, rows: slice) -> float:
+        """What the KL of a penalised sample in these rows is multiplied by in its update's loss.
+
+        Without ``kl_coef``; the mean over steps comes on top.
+        """
+        shaped, size = data.shaped, data.rollout.plan.update_sizes[index]
+        if data.reference is None:
+            return 0.0
+        if self.algorithm.kl_reduction == "batch":
+            return 1 / size
+        if self.algorithm.kl_reduction == "gated":
+            return 1 / max(shaped.gated_per_update[index], 1)
+        share = (rows.stop - rows.start) / size
+        return share / max(_count(shaped.gated_rows, rows), 1)
+
+
+def _rows(rows: slice) -> range:
+    return range(rows.start, rows.stop)
+
+
+def _count(sorted_rows: Sequence[int], rows: slice) -> int:
+    """How many of the sorted rows stand in a slice."""
+    return bisect_left(sorted_rows, rows.stop) - bisect_left(sorted_rows, rows.start)
+
+
+@dataclass
+class MicroBatch:
+    """A full batch of rows; padding repeats the last sample without advantage and gate.
+
+    Attributes:
+        size: rows without the padding.
+        gated: how many of them carry the KL penalty.
+    """
+
+    rows: Tensor
+    size: int
+    gated: int
+    real: Tensor
+    prompts: list[str]
+    advantage: Tensor
+    gate: Tensor
+
+    @classmethod
+    def take(cls, data: EpochData, rows: slice, batch_size: int) -> MicroBatch:
+        """Fill a batch with consecutive rows of an update."""
+        shaped, rollout = data.shaped, data.rollout
+        index = padded_rows(rows, batch_size, torch.device("cpu"))
+        prompts = [rollout.prompts[i] for i in index.tolist()]
+        device = rollout.log_prob.device
+        index = index.to(device)
+        size, gated = rows.stop - rows.start, _count(shaped.gated_rows, rows)
+        real = torch.arange(batch_size, device=device) < size
+        advantage = torch.where(real, shaped.advantage[index], 0.0)
+        return cls(index, size, gated, real, prompts, advantage, shaped.gate[index] & real)
+
+
+@dataclass
+class UpdateStats:
+    """Sums over an epoch's updates, kept on the device until `metrics` reads them once.
+
+    Attributes:
+        judged_by: which KL `metrics` hands to the adaptive reference: ``epoch``, the mean over the
+            gated samples; ``update``, the largest KL term that an optimizer step had in its loss.
+    """
+
+    judged_by: str = "epoch"
+    policy_loss: list[Tensor] = field(default_factory=list)
+    total_loss: list[Tensor] = field(default_factory=list)
+    kl: list[Tensor] = field(default_factory=list)
+    kl_term: list[Tensor] = field(default_factory=list)
+    clipped: list[Tensor] = field(default_factory=list)
+    samples: float = 0.0
+    ratio_deviation: list[Tensor] = field(default_factory=list)
+    grad_norm: list[Tensor] = field(default_factory=list)
+    call_ends: list[int] = field(default_factory=list)
+    gated: int = 0
+
+    def add(
+        self, policy: Tensor, total: Tensor, kl_sum: Tensor, kl_weight: float, samples: float
+    ) -> None:
+        """Add one kernel call.
+
+        Args:
+            policy, total: losses summed over the samples of the call.
+            kl_sum: KL summed over its penalised samples.
+            kl_weight: see `Algorithm.kl_weight`.
+            samples: how many they are; like the sums, divided by the number of trained steps.
+        """
+        self.policy_loss.append(policy.detach())
+        self.total_loss.append(total.detach())
+        self.kl.append(kl_sum.detach())
+        self.kl_term.append(kl_sum.detach() * kl_weight)
+        self.samples += samples
+
+    def add_ratio(
+        self, ratio: Tensor, real: Tensor, share: float, clip_range: float | tuple[float, float]
+    ) -> None:
+        """Add the ratios of one call; ``share`` is 1 over the number of trained steps."""
+        ratio = ratio.detach()
+        self.clipped.append((_outside(ratio, clip_range) & real).sum() * share)
+        if not self.grad_norm:  # before the first step the policy is still the one that sampled
+            self.ratio_deviation.append(((ratio - 1).abs() * real).max())
+
+    def finish_update(self, grad_norm: Tensor, gated: int) -> None:
+        """Close an optimizer step; ``gated`` counts its gated samples over all processes."""
+        self.grad_norm.append(grad_norm.detach())
+        self.call_ends.append(len(self.kl))
+        self.gated += gated
+
+    def metrics(self, runtime: Runtime) -> tuple[dict[str, float], float | None]:
+        """The epoch's figures over all processes, and the KL that the reference is judged by.
+
+        The latter is None if no sample was gated.
+        """
+        starts = [0, *self.call_ends[:-1]]
+        sums = [self.policy_loss, self.total_loss, self.kl, self.clipped]
+        sums += [self.kl_term[a:b] for a, b in zip(starts, self.call_ends, strict=True)]
+        device = runtime.device
+        none = torch.zeros(1, dtype=torch.float64, device=device)
+        local = [torch.stack(some).double().sum().reshape(1) if some else none for some in sums]
+        count = torch.tensor([self.samples], dtype=torch.float64, device=device)
+        samples, policy, total, kl_sum, clipped, *terms = runtime.sum(
+            torch.cat([count, *local])
+        ).tolist()
+        mean = kl_sum / self.gated if self.gated else None
+        figures = {
+            "loss/policy": policy / samples,
+            "loss/total": total / samples,
+            "kl": 0.0 if mean is None else mean,
+        }
+        if self.ratio_deviation:
+            deviation = runtime.max(torch.stack(self.ratio_deviation).max())
+            figures["clip_fraction"] = clipped / samples
+            figures["ratio/max_abs_dev"] = float(deviation)
+        figures["grad_norm"] = float(torch.stack(self.grad_norm).mean())
+        return figures, max(terms) if mean is not None and self.judged_by == "update" else mean
+
+
+def _outside(ratio: Tensor, clip_range: float | tuple[float, float]) -> Tensor:
+    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+    return (ratio < 1 - low) | (ratio > 1 + high)
