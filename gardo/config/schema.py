@@ -179,7 +179,9 @@ class RewardsConfig(Section):
     )
     aux: Names = key([], "auxiliary rewards that the gate consults")
     eval: Names = key([], "held-out rewards, never trained on")
-    parameters: dict[str, dict[str, Any]] = key({}, "keyword arguments per reward name")
+    parameters: dict[str, dict[str, Any]] = key(
+        {}, "keyword arguments per name of a reward or feature extractor"
+    )
     features: str | None = key(None, "feature extractor for diversity")
     max_missing_share: Fraction = key(
         0.1, "the run stops when a reward could not score more than this share of the samples"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gardo.config import RewardsConfig
 from gardo.rewards.base import Reward, RewardUnavailable, build_reward, reward_names
-from gardo.rewards.features import FeatureExtractor, build_features
+from gardo.rewards.features import FeatureExtractor, build_features, feature_names
 from gardo.rewards.outputs import check_output, concatenate
 from gardo.types import Prompt, RewardOutput, UserError
 
@@ -29,16 +29,16 @@ class RewardSet:
         self.training_names = [*self.proxy_weights, *self.aux]
         self.all_names = list(dict.fromkeys([*self.training_names, *self.held_out]))
         self.max_missing_share = config.max_missing_share
+        self._extractor = [config.features] if config.features else []
         self._check_names("parameters", config.parameters)
         self._check_names("servers", config.servers)
         self._rewards = {name: _build(name, config, device) for name in self.all_names}
-        self.features: FeatureExtractor | None = (
-            build_features(config.features, device) if config.features else None
-        )
+        self.features = _build_features(config, device)
 
     def _check_names(self, key: str, names: Iterable[str]) -> None:
         # a recipe's settings may stay when another reward is chosen, but a typo must not
-        unknown = set(names) - {*self.all_names, *reward_names()}
+        extractors = {*feature_names(), *self._extractor} if key == "parameters" else set()
+        unknown = set(names) - {*self.all_names, *reward_names()} - extractors
         if unknown:
             raise UserError(
                 f"rewards.{key}: '{min(unknown)}' is not among the rewards of this run "
@@ -124,6 +124,18 @@ class RewardSet:
                 f"could not score {count} of {len(scores)} images ({share:.1%}); "
                 f"rewards.max_missing_share allows {self.max_missing_share:.1%}",
             )
+
+
+def _build_features(config: RewardsConfig, device: torch.device) -> FeatureExtractor | None:
+    if config.features is None:
+        return None
+    parameters = config.parameters.get(config.features, {})
+    try:
+        return build_features(config.features, device, **parameters)
+    except TypeError as error:
+        if not parameters:
+            raise
+        raise UserError(f"rewards.parameters.{config.features}: {error}") from None
 
 
 def _build(name: str, config: RewardsConfig, device: torch.device) -> Reward:

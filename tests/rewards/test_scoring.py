@@ -322,3 +322,19 @@ def test_metrics_of_a_reward() -> None:
     assert math.isnan(nothing["reward/a/mean"])
     assert nothing["reward/a/missing"] == 1.0
     assert "time/reward/a" not in nothing
+
+
+def test_parameters_reach_the_feature_extractor(tmp_path: Path) -> None:
+    missing = str(tmp_path / "judge")
+    with pytest.raises(UserError, match="judge"):
+        rewards_of(
+            "clean",
+            **{
+                "rewards.features": "judge",
+                "rewards.parameters": f"{{judge: {{path: {missing}}}}}",
+            },
+        )
+    with pytest.raises(UserError, match="rewards.parameters.judge: .*size"):
+        rewards_of(
+            "clean", **{"rewards.features": "judge", "rewards.parameters": "{judge: {size: 3}}"}
+        )
