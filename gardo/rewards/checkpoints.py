@@ -313,7 +313,7 @@ def _told(path: str, part: str, load: Callable[[], T]) -> T:
                 f"'{path}': no such folder, and no such repository on the hub that you may read "
                 "(for a private one, log in with `hf auth login`)"
             ) from None
-        reason = str(error).split("\n")[0]
+        reason = str(error).strip().split("\n")[0]
         hint = (
             "is the folder complete, and of that model?"
             if Path(path).is_dir()

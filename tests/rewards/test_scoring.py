@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
