@@ -9,14 +9,16 @@ from typing import Any
 import torch
 
 from gardo.algorithms.ema import EMA
-from gardo.algorithms.grpo import GRPO, TrainingData, UpdateStats
+from gardo.algorithms.grpo import GRPO
+from gardo.algorithms.nft import NFT
 from gardo.algorithms.parity import check_parity, ratio_deviation
-from gardo.algorithms.reference import AdaptiveReference, reference_pass, trained_steps
-from gardo.algorithms.shaping import ShapedEpoch, Shaper
+from gardo.algorithms.reference import AdaptiveReference
+from gardo.algorithms.shaping import Shaper
+from gardo.algorithms.update import Algorithm, UpdateStats
 from gardo.config import Config
 from gardo.data.prompts import PromptSampler, load_prompts
 from gardo.evaluation.heldout import HeldOutEvaluator
-from gardo.models.adapters import POLICY, REFERENCE, build_adapters
+from gardo.models.adapters import BEHAVIOUR, POLICY, REFERENCE, build_adapters
 from gardo.models.embeddings import EmbeddingTable, embedding_cache
 from gardo.models.loading import load_model
 from gardo.rewards.overlap import ScoringWorker
@@ -53,7 +55,11 @@ class Trainer:
         )
         self.model.release_text_encoders()
 
-        self.adapters = build_adapters(self.model, config.model, derive_seed(config.seed, "lora"))
+        algorithm: type[Algorithm] = NFT if config.algorithm.name == "nft" else GRPO
+        names = (POLICY, REFERENCE, BEHAVIOUR)[: 3 if algorithm is NFT else 2]
+        self.adapters = build_adapters(
+            self.model, config.model, derive_seed(config.seed, "lora"), names
+        )
         policy = self.adapters.parameters(POLICY)
         train = config.train
         self.optimizer = torch.optim.AdamW(
@@ -64,7 +70,7 @@ class Trainer:
             weight_decay=train.weight_decay,
             fused=train.fused_optimizer or None,
         )
-        self.model.transformer, self.optimizer = runtime.accelerator.prepare(
+        self.model.module, self.optimizer = runtime.accelerator.prepare(
             self.model.transformer, self.optimizer
         )
         self.ema = EMA(policy, train) if train.ema else None
@@ -81,7 +87,7 @@ class Trainer:
         self.parity_checked = False
         self.schedule = self.model.schedule(config.sampling.num_steps, self.resolution)
         self.shaper = Shaper(config.algorithm, self.rewards)
-        self.grpo = GRPO(
+        self.algorithm = algorithm(
             config.algorithm, train, self.sampler, self.adapters, self.optimizer, runtime
         )
         self.adaptive_reference = AdaptiveReference(config.algorithm.reference)
@@ -120,20 +126,21 @@ class Trainer:
             self.embeddings.stage([p.text for p in prompts])
         with stage("rollout"):
             rollout, book = self.roll_out_and_score(epoch, prompts)
-        rows_rollout = self.model.rows - rows_before
         with stage("shape"):
             shaped = self.shaper(book, rollout.plan, self.runtime)
         with stage("reference"):
-            data = self.training_data(epoch, rollout, shaped)
-        rows_reference = self.model.rows - rows_before - rows_rollout
+            data = self.algorithm.prepare(rollout, shaped, self.schedule, config.seed, epoch)
         with stage("update"):
-            self.check_parity(rollout, data.steps)
-            stats = UpdateStats()
-            for index in range(config.train.updates_per_epoch):
-                self.grpo.update(data, index, stats)
+            if isinstance(self.algorithm, GRPO):
+                self.check_parity(rollout, data.steps)
+            stats = UpdateStats(config.algorithm.reference.judged_by)
+            updates = config.train.updates_per_epoch
+            for index in range(updates):
+                self.algorithm.update(data, index, stats)
                 if self.ema is not None:
                     self.ema.step()
             update_metrics, kl = stats.metrics(self.runtime)
+            update_metrics |= self.algorithm.finish_epoch((epoch + 1) * updates)
             # without a KL term nothing looks at the reference
             reset = config.algorithm.kl_coef > 0 and self.adaptive_reference.update(kl)
             if reset:
@@ -144,8 +151,8 @@ class Trainer:
             **shaped.metrics,
             **update_metrics,
             "reference/reset": int(reset),
-            "forwards/policy": self.model.rows - rows_before - rows_reference,
-            "forwards/reference": rows_reference,
+            "forwards/policy": self.model.rows - rows_before - data.reference_rows,
+            "forwards/reference": data.reference_rows,
             "forwards/reference_ungated": len(rollout) * len(data.steps) * rows_per_sample,
             "images_per_second": samples / self.progress.timer.metrics()["time/epoch"],
         }
@@ -163,7 +170,7 @@ class Trainer:
         table = step_table(
             self.schedule,
             self.runtime.device,
-            kind=sampling.sde,
+            kind="ode" if isinstance(self.algorithm, NFT) else sampling.sde,
             noise_level=sampling.noise_level,
             kl_scale=config.algorithm.kl_scale,
             window=sde_window(sampling, config.seed, epoch),
@@ -172,7 +179,10 @@ class Trainer:
             plan, [p.text for p in prompts], table, config.seed, epoch, sampling.same_latent
         )
         index, names = plan.prompt_index.tolist(), self.rewards.training_names
-        with ScoringWorker(self.rewards, names, self.runtime.device) as worker:
+        with (
+            self.algorithm.sampling(),
+            ScoringWorker(self.rewards, names, self.runtime.device) as worker,
+        ):
             for rows in filled:
                 images = self.model.decode(rollout.latents_at(-1, rows))
                 with self.progress.stage("score"):  # only the waiting: scoring overlaps sampling
@@ -180,18 +190,6 @@ class Trainer:
                 self.progress.within_stage(rows.stop, len(rollout))
             with self.progress.stage("score"):
                 return rollout, worker.collect()
-
-    def training_data(self, epoch: int, rollout: Rollout, shaped: ShapedEpoch) -> TrainingData:
-        """Choose the steps to train and run the reference on the gated rows."""
-        train = self.config.train
-        steps = trained_steps(
-            rollout.table,
-            train.timestep_fraction,
-            train.timestep_selection,
-            derive_seed(self.config.seed, "steps", epoch),
-        )
-        reference = reference_pass(self.sampler, self.adapters, rollout, shaped.gated_rows, steps)
-        return TrainingData(rollout, shaped, reference, steps)
 
     def check_parity(self, rollout: Rollout, steps: Sequence[int]) -> None:
         """Once per run: do sampling and training agree on the log-probs? UserError if not."""

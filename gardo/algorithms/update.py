@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -60,6 +61,19 @@ class Algorithm(ABC):
         self.parameters = list(adapters.parameters().values())
         self.optimizer = optimizer
         self.runtime = runtime
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """The block in which rollouts are drawn, by the policy or, for some, by another one."""
+        if self.sampled_by == POLICY:
+            yield
+            return
+        self.sampler.weights = self.sampled_by
+        try:
+            with self.adapters.use(self.sampled_by):
+                yield
+        finally:
+            self.sampler.weights = POLICY
 
     @abstractmethod
     def prepare(

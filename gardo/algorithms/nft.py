@@ -1,0 +1,206 @@
+"""DiffusionNFT (arXiv 2509.16117): contrast good and bad samples on the forward process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import gardo_kernels as gk
+from gardo.algorithms.reference import RowVelocities, reference_pass, velocity_pass
+from gardo.algorithms.shaping import ShapedEpoch
+from gardo.algorithms.update import Algorithm, EpochData, MicroBatch, UpdateStats
+from gardo.config import NFTConfig
+from gardo.models.adapters import BEHAVIOUR, POLICY
+from gardo.models.base import Schedule
+from gardo.runtime.rng import generator
+from gardo.sampling.plan import batches
+from gardo.sampling.rollout import Rollout, Sampler
+from gardo.types import UserError
+
+
+@dataclass
+class NFTData(EpochData):
+    """One epoch of noised samples.
+
+    The rollout's latents have been overwritten: entry ``k < len(steps)`` holds the sample's
+    ``k``-th noised latent, the last one still its clean latent.
+
+    Attributes:
+        behaviour: velocities of the behaviour policy, of all rows; None where the process has none.
+        t: ``[len(steps), n]`` float32, the share of noise in each noised latent.
+        timesteps: ``[len(steps), n]`` float32, what the model is told of it.
+    """
+
+    behaviour: RowVelocities | None
+    t: Tensor
+    timesteps: Tensor
+
+
+class NFT(Algorithm):
+    """Updates the policy from `NFTData`, with GARDO's KL on the velocities.
+
+    Rollouts are drawn by the behaviour policy, a slow copy of the policy, without noise and without
+    log-probs. Guidance is not part of the loss: what it would add, the policy learns.
+    """
+
+    sampled_by = BEHAVIOUR
+
+    def prepare(
+        self, rollout: Rollout, shaped: ShapedEpoch, schedule: Schedule, seed: int, epoch: int
+    ) -> NFTData:
+        """Noise the samples; run the behaviour policy on all, the reference on penalised rows."""
+        refuse_guidance(self.sampler)
+        shaped = self.penalised(shaped, rollout.plan)
+        chosen = drawn_steps(
+            rollout.plan.sample_ids.tolist(),
+            schedule.num_steps,
+            self.train.timestep_fraction,
+            self.train.timestep_selection,
+            seed,
+            epoch,
+        )
+        device = rollout.log_prob.device
+        t = schedule.sigmas[chosen].to(device)
+        timesteps = schedule.timesteps[chosen].to(device)
+        steps = range(len(chosen))
+        add_noise(rollout, t, self.sampler.batch_size, seed, epoch)
+        behaviour, everyone = None, range(len(rollout))
+        if len(rollout):
+            with self.adapters.use(BEHAVIOUR):
+                behaviour = velocity_pass(self.sampler, rollout, everyone, steps, timesteps)
+        before = self.sampler.model.rows
+        reference = reference_pass(
+            self.sampler, self.adapters, rollout, shaped.gated_rows, steps, timesteps
+        )
+        return NFTData(
+            rollout,
+            shaped,
+            reference,
+            steps,
+            behaviour,
+            t,
+            timesteps,
+            reference_rows=self.sampler.model.rows - before,
+        )
+
+    def _accumulate_gradients(self, data: EpochData, index: int, stats: UpdateStats) -> None:
+        if not isinstance(data, NFTData):
+            raise TypeError(f"data: expected NFTData, got {type(data).__name__}")
+        plan, config = data.rollout.plan, self.algorithm
+        size, share = plan.update_sizes[index], 1 / len(data.steps)
+        batch_size = plan.batch_size(self.train.batch_size)
+        for rows in batches(plan.updates[index], batch_size):
+            batch = MicroBatch.take(data, rows, batch_size)
+            kl_weight = self.kl_weight(data, index, rows)
+            # the kernel averages the KL over the penalised samples, the policy's loss over all
+            kl_coef = config.kl_coef * kl_weight * size * batch.gated / batch.size
+            # gradients are averaged over processes
+            weight = batch.size * self.runtime.world_size / size * share
+            for k in data.steps:
+                out = self._loss(data, batch, k, kl_coef)
+                self.runtime.accelerator.backward(out.loss * weight)
+                count = batch.size * share
+                stats.add(
+                    out.policy_loss * count,
+                    out.loss * count,
+                    out.kl * batch.gated * share,
+                    kl_weight,
+                    count,
+                )
+
+    def _loss(self, data: NFTData, batch: MicroBatch, k: int, kl_coef: float) -> gk.NFTLoss:
+        rollout, size = data.rollout, batch.size
+        noised = rollout.latents_at(k, batch.rows)
+        v = self.sampler.velocity(noised, data.timesteps[k, batch.rows], batch.prompts).cond
+        # a sample without advantage still has a loss here: the padding must go
+        rows, v = batch.rows[:size], v[:size]
+        reference, behaviour = data.reference if batch.gated else None, data.behaviour
+        if behaviour is None:
+            raise ValueError("data: expected velocities of the behaviour policy, got None")
+        return gk.nft_loss(
+            v,
+            behaviour.rows(k, rows),
+            rollout.latents_at(-1, rows),
+            noised[:size],
+            data.t[k, rows],
+            batch.advantage[:size],
+            beta=self.algorithm.nft.beta,
+            adv_clip=self.algorithm.adv_clip,
+            gate=None if reference is None else batch.gate[:size],
+            ref_velocity=None if reference is None else reference.rows(k, rows),
+            kl_coef=0.0 if reference is None else kl_coef,
+        )
+
+    def finish_epoch(self, optimizer_steps: int) -> dict[str, float]:
+        """The behaviour policy follows the policy, the slower the longer training has lasted."""
+        keep = behaviour_decay(self.algorithm.nft, optimizer_steps)
+        self.adapters.copy(POLICY, BEHAVIOUR, keep)
+        return {"behaviour/decay": keep}
+
+
+def behaviour_decay(config: NFTConfig, optimizer_steps: int) -> float:
+    """What the behaviour policy keeps of itself, ``min(rate * max(steps - start, 0), max)``.
+
+    DiffusionNFT's published schedules are (rate, start, max) = (0.001, 0, 0.5) and
+    (0.0075, 75, 0.999); with rate 0 it is always the policy of the epoch before.
+    """
+    elapsed = max(optimizer_steps - config.decay_start, 0)
+    return min(config.decay_rate * elapsed, config.decay_max)
+
+
+def drawn_steps(
+    sample_ids: Sequence[int],
+    num_steps: int,
+    fraction: float,
+    selection: str,
+    seed: int,
+    epoch: int,
+) -> Tensor:
+    """Which entries of the schedule each sample is noised to, ``[count, n]`` int64 on the CPU.
+
+    ``count`` is this share of the schedule, at least one. With ``random`` each sample has an order
+    of its own, which depends on its id alone; with ``first`` all take the noisiest ones.
+    """
+    count = max(1, int(num_steps * fraction + 1e-9))
+    columns = []
+    for sample in sample_ids:
+        if selection == "first":
+            columns.append(torch.arange(count))
+        else:
+            source = generator(seed, "forward steps", epoch, sample)
+            columns.append(torch.randperm(num_steps, generator=source)[:count])
+    return torch.stack(columns, 1) if columns else torch.empty(count, 0, dtype=torch.int64)
+
+
+@torch.no_grad()
+def add_noise(rollout: Rollout, t: Tensor, batch_size: int, seed: int, epoch: int) -> None:
+    """Overwrite the trajectories with noised samples, ``x_t = (1 - t)*x0 + t*noise``.
+
+    The trajectory is not needed any more and its memory has the right size. A sample's noise
+    depends on its id alone.
+
+    Args:
+        t: ``[count, n]``, at most as many as the rollout has steps.
+        batch_size: rows at a time.
+    """
+    latents, device, ids = rollout.latents, rollout.log_prob.device, rollout.plan.sample_ids
+    for rows in batches(slice(0, len(rollout)), batch_size):
+        x0 = rollout.latents_at(-1, rows)
+        for column, sample in enumerate(ids[rows].tolist()):
+            source = generator(seed, "forward noise", epoch, sample, device=device)
+            row = rows.start + column
+            share = t[:, row].reshape(-1, *[1] * (x0.dim() - 1))
+            noise = torch.empty((len(t), *x0.shape[1:]), device=device).normal_(generator=source)
+            latents[: len(t), row] = ((1 - share) * x0[column] + share * noise).to(latents.device)
+
+
+def refuse_guidance(sampler: Sampler) -> None:
+    """UserError if the sampler combines two velocities, of which the loss knows only one."""
+    if sampler.guided:
+        raise UserError(
+            "algorithm.name: nft trains the velocity of the prompt alone and draws with it; "
+            f"expected sampling.guidance_scale 1, got {sampler.guidance_scale:g}"
+        )
