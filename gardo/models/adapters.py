@@ -137,11 +137,13 @@ class FullCopies:
 
     @contextmanager
     def use(self, adapter: str) -> Iterator[None]:
-        self._model.transformer = self._modules[adapter]
+        trained = self._model.module
+        if adapter != POLICY:
+            self._model.module = self._modules[adapter]
         try:
             yield
         finally:
-            self._model.transformer = self.transformer
+            self._model.module = trained
 
     @torch.no_grad()
     def copy(self, source: str, target: str, keep: float = 0.0) -> None:

@@ -45,6 +45,7 @@ class FlowModel(Protocol):
 
     family: str
     transformer: nn.Module
+    module: nn.Module  # what `velocity` calls: the transformer, or what wraps it to share the work
     lora_targets: Sequence[str]
     device: torch.device
     default_resolution: int

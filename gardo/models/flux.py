@@ -94,7 +94,7 @@ class FluxModel(PipelineModel):
         hidden = latents.to(self.dtype)
         text_tokens = cond.tensors["encoder_hidden_states"].shape[1]
         with self.autocast():
-            out = self.transformer(
+            out = self.module(
                 hidden_states=hidden,
                 timestep=timesteps.to(self.dtype) / 1000,
                 guidance=guidance,

@@ -22,6 +22,7 @@ class PipelineModel:
                 module.requires_grad_(False).eval()
         self.pipeline = pipeline
         self.transformer = pipeline.transformer
+        self.module: Any = pipeline.transformer
         self.device = device
         self.max_sequence_length = max_sequence_length
         self.dtype: torch.dtype = pipeline.transformer.dtype

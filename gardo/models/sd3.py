@@ -72,7 +72,7 @@ class SD3Model(PipelineModel):
             cond = join(cond, uncond)
         self.rows += len(latents)
         with self.autocast():
-            out = self.transformer(
+            out = self.module(
                 hidden_states=latents.to(self.dtype),
                 timestep=timesteps,
                 **cond.tensors,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gardo.runtime.signals import StopRequest
 from gardo.types import UserError
 
 
@@ -21,10 +24,17 @@ class Runtime:
         if threads:
             torch.set_num_threads(threads)
         from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
 
         mixed = {"fp32": "no"}.get(precision, precision)
-        self.accelerator: Any = Accelerator(cpu=resolved == "cpu", mixed_precision=mixed)
+        self.accelerator: Any = Accelerator(
+            cpu=resolved == "cpu",
+            mixed_precision=mixed,
+            # buffers are tables that never change; sharing them would make every forward wait
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
         self.device: torch.device = self.accelerator.device
+        self.stop = StopRequest()
 
     @property
     def rank(self) -> int:
@@ -37,6 +47,36 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.world_size > 1:
+            self.accelerator.wait_for_everyone()
+
+    def stop_point(self) -> None:
+        """A place between two micro-batches; raises StopRequested if a signal came.
+
+        Several processes cannot leave each other here: they go on to `stop_together`.
+        """
+        if self.world_size == 1:
+            self.stop.check()
+
+    def stop_together(self) -> None:
+        """A place that all processes come to; StopRequested on all if a signal came to one."""
+        if self.world_size > 1:
+            came = torch.tensor(float(self.stop.signal is not None), device=self.device)
+            if float(self.max(came)):
+                self.stop.signal = self.stop.signal or "a signal to another process"
+        self.stop.check()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the block waits for others, a signal need not (see `StopRequest.waiting`)."""
+        if self.world_size > 1:
+            yield
+            return
+        with self.stop.waiting():
+            yield
 
     def gather(self, rows: Tensor, sample_ids: Tensor, total: int) -> Tensor:
         """Collect every process's rows in the order of their sample ids.

@@ -42,7 +42,7 @@ class GraphedTrajectories:
         self, model: FlowModel, trajectory: Trajectory, guidance: Guidance, weights: str
     ) -> None:
         """As `sample_trajectory`; ``weights`` names the adapter that is active."""
-        key = (_signature(trajectory), guidance, weights, id(model.transformer))
+        key = (_signature(trajectory), guidance, weights, id(model.module))
         captured = self._captured.get(key)
         if captured is None:
             captured = self._captured[key] = self._capture(model, trajectory, guidance)

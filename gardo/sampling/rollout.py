@@ -12,7 +12,7 @@ from gardo.models.base import FlowModel, Velocity
 from gardo.models.embeddings import EMPTY, EmbeddingTable
 from gardo.runtime.rng import generator, normal_rows
 from gardo.sampling.graph import GraphedTrajectories
-from gardo.sampling.plan import EpochPlan, batches, padded_rows
+from gardo.sampling.plan import EpochPlan, padded_rows
 from gardo.sampling.steps import StepTable
 from gardo.sampling.trajectory import Conditioning, Guidance, Trajectory, sample_trajectory
 
@@ -184,8 +184,8 @@ class Sampler:
     ) -> Iterator[slice]:
         ids, device = rollout.plan.sample_ids.tolist(), self.model.device
         size = rollout.plan.batch_size(self.batch_size)
-        for update in rollout.plan.updates:
-            for rows in batches(update, size):
+        for update in range(len(rollout.plan.updates)):
+            for rows in rollout.plan.batches(update, size):
                 padded = padded_rows(rows, size, torch.device("cpu")).tolist()
                 keys = [
                     (epoch, "prompt", index[i]) if same_latent else (epoch, "sample", ids[i])
@@ -206,4 +206,5 @@ class Sampler:
                 if not in_place:
                     rollout.latents[:, rows] = latents[:, :valid]
                     rollout.log_prob[:, rows] = log_prob[:, :valid]
-                yield rows
+                if valid:
+                    yield rows
