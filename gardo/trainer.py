@@ -174,6 +174,7 @@ class Trainer:
             noise_level=sampling.noise_level,
             kl_scale=config.algorithm.kl_scale,
             window=sde_window(sampling, config.seed, epoch),
+            solver=sampling.solver,
         )
         rollout, filled = self.sampler.rollout(
             plan, [p.text for p in prompts], table, config.seed, epoch, sampling.same_latent

@@ -102,11 +102,11 @@ class GRPO(Algorithm):
         step = data.steps[step_index]
         latents, prev = rollout.latents_at(step, rows), rollout.latents_at(step + 1, rows)
         timesteps = rollout.table.timesteps[step].expand(len(rows))
-        v, v_uncond = self.sampler.velocity(latents, timesteps, batch.prompts)
+        velocity = self.sampler.velocity(latents, timesteps, batch.prompts)
         coef = rollout.table.coefficients[step]
         guard = data.ratio_norm if isinstance(data, TrainingData) else None
         out = gk.grpo_loss(
-            v,
+            velocity.cond,
             latents,
             prev,
             rollout.log_prob[step, rows],
@@ -119,13 +119,12 @@ class GRPO(Algorithm):
             ref_velocity=None if reference is None else reference.rows(step_index, rows),
             kl_coef=kl_coef,
             kl_reduction="batch",
-            velocity_uncond=v_uncond,
+            velocity_uncond=velocity.uncond,
             guidance_scale=self.sampler.cfg_scale,
         )
         if guard is None:
             return out
-        if v_uncond is not None:
-            v = v_uncond + self.sampler.cfg_scale * (v - v_uncond)
+        v = velocity.guided(self.sampler.cfg_scale)
         ratio = normalised_ratio(v, latents, prev, guard.noise[step_index, rows], coef)
         advantage = batch.advantage.clamp(-self.algorithm.adv_clip, self.algorithm.adv_clip)
         policy = clipped_loss(ratio, advantage, self.algorithm.clip_range)

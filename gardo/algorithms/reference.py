@@ -79,12 +79,10 @@ def velocity_pass(
             k = torch.tensor([k for k, _ in batch], device=device)
             row = torch.tensor([r for _, r in batch], device=device)
             told = rollout.table.timesteps[trained[k]] if timesteps is None else timesteps[k, row]
-            v, v_uncond = sampler.velocity(
+            velocities = sampler.velocity(
                 rollout.latents_at(trained[k], row), told, [rollout.prompts[r] for _, r in batch]
             )
-            if v_uncond is not None:
-                v = v_uncond + sampler.cfg_scale * (v - v_uncond)
-            flat[start : start + len(batch)] = v
+            flat[start : start + len(batch)] = velocities.guided(sampler.cfg_scale)
     slot = torch.zeros(len(rollout), dtype=torch.int64, device=device)
     slot[torch.tensor(some_rows, device=device)] = torch.arange(count, device=device)
     return RowVelocities(velocity, slot)

@@ -420,6 +420,11 @@ def _contradictions(c: Config) -> Iterator[str]:
             yield f"rewards.aux: '{name}' is the proxy and cannot judge itself"
     if c.algorithm.name == "nft" and c.algorithm.ratio_norm != "none":
         yield f"algorithm.ratio_norm: nft has no ratio; expected none, got {c.algorithm.ratio_norm}"
+    if c.algorithm.name == "nft" and c.sampling.same_latent:
+        yield (
+            "sampling.same_latent: nft adds no noise while sampling, so all samples of a prompt "
+            "would be the same image; expected false"
+        )
     if c.algorithm.name == "grpo" and c.sampling.solver != "euler":
         yield (
             "sampling.solver: grpo's rollouts are noisy steps; expected euler, "

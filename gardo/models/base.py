@@ -35,6 +35,12 @@ class Velocity(NamedTuple):
     cond: Tensor
     uncond: Tensor | None
 
+    def guided(self, scale: float) -> Tensor:
+        """Both combined, ``uncond + scale * (cond - uncond)``; ``cond`` where it is alone."""
+        if self.uncond is None:
+            return self.cond
+        return self.uncond + scale * (self.cond - self.uncond)
+
 
 class FlowModel(Protocol):
     """A frozen text-to-image pipeline around one trainable transformer.

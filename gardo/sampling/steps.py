@@ -11,6 +11,7 @@ import gardo_kernels as gk
 from gardo.config import SamplingConfig
 from gardo.models.base import Schedule
 from gardo.runtime.rng import derive_seed
+from gardo.sampling.solvers import MultistepTable, dpm2_table
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class StepTable:
         stochastic: the steps with noise, in order; the only ones with a log-prob.
         trainable: the stochastic steps without the schedule's last, whose transition is so narrow
             that its log-prob says nothing.
+        multistep: replaces the coefficients where a solver looks back at the step before.
     """
 
     timesteps: Tensor
@@ -31,6 +33,7 @@ class StepTable:
     table: gk.SDECoefficients
     stochastic: tuple[int, ...]
     trainable: tuple[int, ...]
+    multistep: MultistepTable | None = None
 
     @property
     def num_steps(self) -> int:
@@ -45,8 +48,12 @@ def step_table(
     noise_level: float,
     kl_scale: str = "exact",
     window: range | None = None,
+    solver: str = "euler",
 ) -> StepTable:
-    """Coefficients of every step: noisy inside ``window`` (None: everywhere), else ODE."""
+    """Coefficients of every step: noisy inside ``window`` (None: everywhere), else ODE.
+
+    ``solver`` is for kind ``ode`` alone: ``euler``, or ``dpm2`` for second order.
+    """
     sigmas, coefficients, stochastic = schedule.sigmas, [], []
     for step in range(schedule.num_steps):
         noisy = kind != "ode" and (window is None or step in window)
@@ -73,6 +80,7 @@ def step_table(
         table.to(device),
         tuple(stochastic),
         tuple(step for step in stochastic if sigmas[step + 1] > 0),
+        dpm2_table(sigmas, device) if solver == "dpm2" and kind == "ode" else None,
     )
 
 

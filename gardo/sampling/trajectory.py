@@ -63,10 +63,16 @@ def sample_trajectory(model: FlowModel, trajectory: Trajectory, guidance: Guidan
     """Run all denoising steps; writes ``latents[1:]`` and ``log_prob``."""
     latents, steps = trajectory.latents, trajectory.steps
     cond, uncond = trajectory.conditioning.cond, trajectory.conditioning.uncond
-    batch = latents.shape[1]
+    batch, multistep, before = latents.shape[1], steps.multistep, None
     for step in range(steps.num_steps):
         timesteps = steps.timesteps[step].expand(batch)
-        v, v_uncond = model.velocity(latents[step], timesteps, cond, uncond, guidance.scale)
+        velocity = model.velocity(latents[step], timesteps, cond, uncond, guidance.scale)
+        if multistep is not None:
+            guided = velocity.guided(guidance.cfg_scale)
+            following, before = multistep.step(step, latents[step], guided, before)
+            latents[step + 1].copy_(following)
+            continue
+        v, v_uncond = velocity
         out = gk.sde_step(
             v,
             latents[step],
@@ -101,6 +107,7 @@ def like(trajectory: Trajectory) -> Trajectory:
             table=steps.table.map(torch.clone),
             stochastic=steps.stochastic,
             trainable=steps.trainable,
+            multistep=None if steps.multistep is None else steps.multistep.clone(),
         ),
     )
 
@@ -112,6 +119,9 @@ def inputs(trajectory: Trajectory) -> dict[str, Tensor]:
         tensors["noise"] = trajectory.noise
     for name, tensor in trajectory.steps.table.tensors().items():
         tensors[f"coefficients.{name}"] = tensor
+    if trajectory.steps.multistep is not None:
+        for name, tensor in trajectory.steps.multistep.tensors().items():
+            tensors[f"multistep.{name}"] = tensor
     embeds = {"cond": trajectory.conditioning.cond, "uncond": trajectory.conditioning.uncond}
     for which, some in embeds.items():
         for name, tensor in ({} if some is None else some.tensors).items():
