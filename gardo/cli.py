@@ -8,10 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from gardo.config import Config, iter_keys, load_config, recipe_description, recipe_names, type_name
+from gardo.runtime.signals import STOPPED, Stopped
 from gardo.types import UserError
+
+if TYPE_CHECKING:  # not needed for --help
+    from gardo.runtime.resume import ResumePoint
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 
@@ -23,19 +27,29 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Arguments:
-    """A parsed command line: the configuration and what to do with it."""
+    """A parsed command line: the configuration and what to do with it.
+
+    Attributes:
+        resume: whether ``--resume`` was given.
+        resume_point: the checkpoint to go on from; None if there is none yet.
+    """
 
     config: Config
     print_config: bool
+    resume: bool = False
+    resume_point: ResumePoint | None = None
 
 
-def parse(argv: Sequence[str], program: str, description: str) -> Arguments | None:
-    """Parse ``[RECIPE] [--config FILE] [--KEY VALUE ...]``.
+def parse(
+    argv: Sequence[str], program: str, description: str, resumable: bool = False
+) -> Arguments | None:
+    """Parse ``[RECIPE] [--config FILE] [--KEY VALUE ...]``, if ``resumable`` with ``--resume``.
 
     Returns None when ``--list`` printed what was asked for. ``--help`` exits by itself.
 
     Raises:
-        UserError: unknown option, recipe or key, wrong value.
+        UserError: unknown option, recipe or key, wrong value, nothing to resume where a path says
+            so, or a run to resume that has other settings.
     """
     parser = _Parser(
         prog=program,
@@ -47,7 +61,6 @@ def parse(argv: Sequence[str], program: str, description: str) -> Arguments | No
     parser.add_argument(
         "recipe",
         nargs="?",
-        default="tiny",
         metavar="RECIPE",
         help="built-in recipe or path of a YAML file (default: tiny)",
     )
@@ -65,9 +78,16 @@ def parse(argv: Sequence[str], program: str, description: str) -> Arguments | No
         action="store_true",
         help="print the complete configuration as YAML and stop",
     )
-    positional, overrides = _split(
-        argv, {"--config": 1, "--list": 0, "--print-config": 0, "--help": 0, "-h": 0}
-    )
+    known = {"--config": 1, "--list": 0, "--print-config": 0, "--help": 0, "-h": 0}
+    if resumable:
+        parser.add_argument(
+            "--resume",
+            metavar="auto|PATH",
+            help="go on with the run in output_dir, if there is one (auto, the default), or with "
+            "that of a run folder or checkpoint, by its own settings where no RECIPE is given",
+        )
+        known["--resume"] = 0
+    positional, overrides = _split(argv, known)
     options = parser.parse_args(positional)
     if options.list:
         names = recipe_names()
@@ -75,7 +95,45 @@ def parse(argv: Sequence[str], program: str, description: str) -> Arguments | No
         for name in names:
             print(f"{name:<{width}}{recipe_description(name)}")
         return None
-    return Arguments(load_config(options.recipe, options.config, overrides), options.print_config)
+    if resumable and options.resume is not None:
+        return _resume(options, overrides)
+    config = load_config(options.recipe or "tiny", options.config, overrides)
+    return Arguments(config, options.print_config)
+
+
+def _resume(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> Arguments:
+    """Find the checkpoint and load the configuration to go on with."""
+    from gardo.runtime import resume
+
+    given = dict(overrides)
+    if given.get("overwrite", "false").lower() == "true":
+        raise UserError("--resume: goes on with a run, which --overwrite true would delete")
+    if options.resume == "auto":
+        config = load_config(options.recipe or "tiny", options.config, overrides)
+        point = resume.find_in_output_dir(config, tell)
+        if point is None:
+            tell(f"nothing to resume in '{config.output_dir}': starting from the beginning")
+    else:
+        point = resume.find_resume_point(Path(options.resume).expanduser(), tell)
+        recipe = options.recipe or str(point.checkpoint.path / "config.yaml")
+        config = load_config(recipe, options.config, overrides)
+        asked = Path(config.output_dir).expanduser()
+        if "output_dir" in given and asked.resolve() != point.folder.resolve():
+            raise UserError(
+                f"output_dir: --resume goes on in the run's own folder '{point.folder}', "
+                f"got '{asked}'"
+            )
+        config = config.model_copy(update={"output_dir": str(point.folder)})
+    if point is not None:
+        for key in resume.check_resumable(point, config):
+            tell(f"{key} differs from the run's: results are equal up to rounding")
+    return Arguments(config, options.print_config, True, point)
+
+
+def tell(text: str) -> None:
+    """Print a line for the user; of several processes only the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def _split(argv: Sequence[str], known: dict[str, int]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -88,7 +146,12 @@ def _split(argv: Sequence[str], known: dict[str, int]) -> tuple[list[str], list[
         name, equals, value = word.partition("=")
         if name in known or not word.startswith("--"):
             own.append(word)
-            if name in known and not equals:
+            if name == "--resume":  # its value may be left out
+                if not equals and (not rest or rest[0].startswith("--")):
+                    own[-1] = "--resume=auto"
+                elif not equals:
+                    own[-1] = f"--resume={rest.pop(0)}"
+            elif name in known and not equals:
                 own += [rest.pop(0) for _ in range(min(known[name], len(rest)))]
             continue
         if not equals:
@@ -130,6 +193,9 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = USER_ERROR
+    except Stopped as stopped:
+        tell(str(stopped))
+        code = STOPPED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = FAILED

@@ -23,18 +23,22 @@ from gardo.models.embeddings import EmbeddingTable, embedding_cache
 from gardo.models.loading import load_model
 from gardo.rewards.overlap import ScoringWorker
 from gardo.rewards.scoring import RewardSet, ScoreBook
+from gardo.runtime.checkpoint import TrainingState
 from gardo.runtime.images import image_grid, save_grid
+from gardo.runtime.keeper import Keeper
 from gardo.runtime.metrics import read_metrics
 from gardo.runtime.model_card import write_model_card
 from gardo.runtime.process import Runtime
 from gardo.runtime.progress import EpochProgress
-from gardo.runtime.rng import derive_seed
+from gardo.runtime.resume import ResumePoint
+from gardo.runtime.rng import derive_seed, seed_everything
 from gardo.runtime.run_folder import RunFolder, peak_memory_bytes
+from gardo.runtime.state_tensors import pack_optimizer, to_host, unpack_optimizer
 from gardo.sampling.graph import GraphedTrajectories, use_graphs
 from gardo.sampling.plan import plan_epoch
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.sampling.steps import sde_window, step_table
-from gardo.types import Prompt
+from gardo.types import Prompt, UserError
 
 
 class Trainer:
@@ -85,6 +89,7 @@ class Trainer:
             offload=config.sampling.offload_trajectories,
         )
         self.parity_checked = False
+        self.start_epoch, self.resumed, self.evaluated = 0, False, False
         self.schedule = self.model.schedule(config.sampling.num_steps, self.resolution)
         self.shaper = Shaper(config.algorithm, self.rewards)
         self.algorithm = algorithm(
@@ -96,46 +101,72 @@ class Trainer:
         )
 
     def train(self, folder: RunFolder) -> None:
-        """Run all epochs; metrics, pictures and the export go to the run folder as they come."""
-        config = self.config
+        """Run all epochs; metrics, pictures and the export go to the run folder as they come.
+
+        Raises:
+            Stopped: a signal came; the last complete epoch is saved.
+        """
+        config, start = self.config, self.start_epoch
         with (
             EpochProgress(
-                config.epochs, config.rewards.proxy_name, enabled=self.runtime.is_main
+                config.epochs, config.rewards.proxy_name, start, enabled=self.runtime.is_main
             ) as self.progress,
             folder.metrics() as metrics,
             folder.evaluations() as self.evaluations,
         ):
-            self.evaluate(folder, 0, "start")
-            for epoch in range(config.epochs):
-                row = self.run_epoch(epoch)
-                metrics.write({"epoch": epoch, **self.progress.finish_epoch(epoch, row)})
-                every, done = config.evaluation.every, epoch + 1
-                if every and done % every == 0 and done < config.epochs:
-                    self.evaluate(folder, done, "during")
-            if config.epochs:
-                self.evaluate(folder, config.epochs, "end")
+            self.keeper = Keeper(
+                config,
+                self.runtime,
+                folder,
+                (metrics, self.evaluations),
+                self.state_values,
+                self.state_tensors,
+                self.progress.write,
+            )
+            with self.keeper.rescue():
+                self.finish_epoch(folder, start, {})
+                for epoch in range(start, config.epochs):
+                    row = {"epoch": epoch, **self.run_epoch(epoch)}
+                    row = self.progress.finish_epoch(epoch, row)
+                    metrics.write(row)
+                    self.finish_epoch(folder, epoch + 1, row)
+                with self.progress.stage("save"):
+                    self.export(folder)
+
+    def finish_epoch(self, folder: RunFolder, done: int, row: dict[str, Any]) -> None:
+        """What happens between two epochs: evaluation and checkpoint, where they are due."""
+        resumed = self.resumed and done == self.start_epoch
+        self.keeper.mark(done, row, saved=resumed)
+        self.runtime.stop_together()
+        due = evaluation_due(self.config, done)
+        if due is not None and not (resumed and self.evaluated):
+            self.evaluate(folder, done, due)
+        if done > self.start_epoch:
             with self.progress.stage("save"):
-                self.export(folder)
+                self.keeper.save_if_due()
 
     def run_epoch(self, epoch: int) -> dict[str, Any]:
         """One rollout and its updates; returns the epoch's metrics."""
         config, stage = self.config, self.progress.stage
+        seed_everything(config.seed, "epoch", epoch, self.runtime.rank)
         rows_before = self.model.rows
         with stage("prompts"):
             prompts = self.prompt_sampler.epoch(epoch)
             self.embeddings.stage([p.text for p in prompts])
         with stage("rollout"):
             rollout, book = self.roll_out_and_score(epoch, prompts)
+        self.runtime.stop_together()
         with stage("shape"):
             shaped = self.shaper(book, rollout.plan, self.runtime)
         with stage("reference"):
             data = self.algorithm.prepare(rollout, shaped, self.schedule, config.seed, epoch)
-        with stage("update"):
+        with stage("update"), self.keeper.updates():
             if isinstance(self.algorithm, GRPO):
                 self.check_parity(rollout, data.steps)
             stats = UpdateStats(config.algorithm.reference.judged_by)
             updates = config.train.updates_per_epoch
             for index in range(updates):
+                self.runtime.stop_together()
                 self.algorithm.update(data, index, stats)
                 if self.ema is not None:
                     self.ema.step()
@@ -186,10 +217,12 @@ class Trainer:
         ):
             for rows in filled:
                 images = self.model.decode(rollout.latents_at(-1, rows))
-                with self.progress.stage("score"):  # only the waiting: scoring overlaps sampling
+                self.runtime.stop_point()
+                # only the waiting: scoring overlaps sampling
+                with self.progress.stage("score"), self.runtime.waiting():
                     worker.submit(images, [prompts[i] for i in index[rows]])
                 self.progress.within_stage(rows.stop, len(rollout))
-            with self.progress.stage("score"):
+            with self.progress.stage("score"), self.runtime.waiting():
                 return rollout, worker.collect()
 
     def check_parity(self, rollout: Rollout, steps: Sequence[int]) -> None:
@@ -202,21 +235,81 @@ class Trainer:
         self.progress.write(f"before the first update: max |ratio - 1| = {worst:.1e}")
         self.parity_checked = True
 
+    def resume(self, point: ResumePoint) -> RunFolder:
+        """Take over the state of a checkpoint and cut its run's files back to it.
+
+        Raises:
+            UserError: the checkpoint does not fit the model or the recipe; nothing was changed.
+        """
+        state = point.checkpoint.load()
+        due = evaluation_due(self.config, state.epoch)
+        try:
+            self.load_state(state)
+            self.evaluated = state.value("evaluated") == due
+            clock = state.value("clock")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"checkpoint '{point.checkpoint.path}': {error}") from error
+        self.runtime.wait()  # until all processes have read what one of them may now cut back
+        folder = RunFolder.reopen(self.config, state.epoch, self.evaluated, self.runtime.is_main)
+        folder.set_clock(clock, state.epoch)
+        self.runtime.wait()
+        return folder
+
+    def state_values(self) -> dict[str, Any]:
+        """The part of the state that is no tensor, as JSON values."""
+        scaler = self.runtime.accelerator.scaler
+        return {
+            "shaper": self.shaper.state_dict(),
+            "adaptive_reference": self.adaptive_reference.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "model_rows": self.model.rows,
+        }
+
+    def state_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of the state, copied to the host."""
+        groups = {name: self.adapters.state_dict(name) for name in self.adapters.names}
+        if self.ema is not None:
+            groups["ema"] = self.ema.state_dict()
+        return {
+            **{name: to_host(tensors) for name, tensors in groups.items()},
+            "optimizer": pack_optimizer(self.optimizer, list(self.adapters.parameters())),
+        }
+
+    def load_state(self, state: TrainingState) -> None:
+        """Load what `state_values` and `state_tensors` returned; ValueError if it does not fit."""
+        state.check_groups(self.state_tensors())
+        for name in self.adapters.names:
+            self.adapters.load_state_dict(name, state.tensors[name])
+        if self.ema is not None:
+            self.ema.load_state_dict(state.tensors["ema"])
+        names = list(self.adapters.parameters())
+        unpack_optimizer(self.optimizer, names, state.tensors["optimizer"])
+        self.shaper.load_state_dict(state.value("shaper"))
+        self.adaptive_reference.load_state_dict(state.value("adaptive_reference"))
+        if self.runtime.accelerator.scaler is not None and state.value("scaler") is not None:
+            self.runtime.accelerator.scaler.load_state_dict(state.value("scaler"))
+        self.model.rows = int(state.value("model_rows"))
+        self.start_epoch, self.resumed = state.epoch, True
+
     def evaluate(self, folder: RunFolder, epoch: int, name: str) -> None:
         """Held-out evaluation after ``epoch`` epochs, with a grid of the same seeds."""
         started = time.perf_counter()
+        seed_everything(self.config.seed, "evaluation", epoch, self.runtime.rank)
         with self.progress.stage("evaluate"):
             result = self.evaluator()
             row = {"epoch": epoch, "name": name, "weights": "live", **result.metrics}
             self.evaluations.write({**row, "time/evaluate": time.perf_counter() - started})
-            if len(result.images):
+            if len(result.images) and folder.is_main:
                 columns = max(1, round(len(result.images) ** 0.5 * 1.3))
                 grid = image_grid(result.images, result.captions, columns)
                 save_grid(folder.images, grid, epoch, f"{name}, after {epoch} epochs")
+        self.keeper.evaluated(name, row)
         self.progress.timer.reset()
 
     def export(self, folder: RunFolder) -> None:
         """Write the policy (its average, if there is one) for plain diffusers, and the summary."""
+        if not folder.is_main:
+            return
         if self.ema is not None:
             with self.ema.swapped_in():
                 self.adapters.export(self.model, str(folder.export))
@@ -232,3 +325,13 @@ class Trainer:
             trainable_parameters=trainable,
             peak_memory_bytes=peak_memory_bytes(),
         )
+
+
+def evaluation_due(config: Config, done: int) -> str | None:
+    """Name of the evaluation that follows ``done`` epochs; None if there is none."""
+    if done == 0:
+        return "start"
+    if done == config.epochs:
+        return "end"
+    every = config.evaluation.every
+    return "during" if every and done % every == 0 else None

@@ -124,6 +124,23 @@ def save_grid(folder: str | Path, image: Image.Image, epoch: int, title: str) ->
     return path
 
 
+def drop_grids(folder: str | Path, epoch: int) -> None:
+    """Delete the grids of this epoch and later ones that `save_grid` saved.
+
+    Also one that is not yet in the index, because a process ended before it wrote that. Raises
+    ValueError for an index that cannot be read.
+    """
+    folder = Path(folder)
+    index = folder / "index.json"
+    entries = read_index(index) if index.exists() else []
+    kept = [e for e in entries if e["epoch"] < epoch]
+    if len(kept) < len(entries):
+        write_atomic(index, (json.dumps(kept, indent=1) + "\n").encode("utf-8"))
+    for path in folder.glob("epoch_*.png"):
+        if path.stem.removeprefix("epoch_").isdecimal() and int(path.stem[6:]) >= epoch:
+            path.unlink()
+
+
 def read_index(path: str | Path) -> list[dict]:
     """Read an ``index.json``: a list of ``{"file": str, "epoch": int, "title": str}``.
 

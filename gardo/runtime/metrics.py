@@ -7,6 +7,7 @@ shortest form that reads back as the same number.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -115,7 +116,7 @@ class MetricsWriter:
         """Append one epoch: a mapping with an int under ``epoch`` and JSON values elsewhere.
 
         Raises ValueError without an int ``epoch``, TypeError for a value JSON cannot hold, and
-        OSError when the line could not be written whole (disk full).
+        OSError when the line could not be written whole (the disk is full).
         """
         epoch = row.get("epoch")
         if not isinstance(epoch, int) or isinstance(epoch, bool):
@@ -123,7 +124,12 @@ class MetricsWriter:
         data = (to_json_line(row) + "\n").encode("utf-8")
         written = self._file.write(data)
         if written != len(data):
-            raise OSError(f"{self.path}: wrote {written} of {len(data)} bytes; is the disk full?")
+            os.ftruncate(self._file.fileno(), self._file.tell() - (written or 0))
+            raise OSError(errno.ENOSPC, "the disk is full", str(self.path))
+
+    def sync(self) -> None:
+        """Wait until the disk has every line."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
@@ -139,6 +145,22 @@ class MetricsWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class NoWriter(MetricsWriter):
+    """Writes nothing: what all processes but the main one have in place of a file."""
+
+    def __init__(self) -> None:
+        return
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        return
+
+    def sync(self) -> None:
+        return
+
+    def close(self) -> None:
+        return
 
 
 def read_metrics(path: str | Path, *, ignore_unfinished: bool = False) -> list[dict[str, Any]]:

@@ -7,8 +7,10 @@ same noise whatever the batch size and the number of processes.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -36,3 +38,15 @@ def normal_rows(generators: Sequence[torch.Generator], shape: Sequence[int]) -> 
     for row, source in zip(out, generators, strict=True):
         row.normal_(generator=source)
     return out
+
+
+def seed_everything(seed: int, *keys: int | str) -> None:
+    """Seed the global generators of Python, numpy and torch.
+
+    This package does not draw from them; code of the user's that does, such as a reward, then
+    repeats itself in a resumed run.
+    """
+    derived = derive_seed(seed, *keys)
+    random.seed(derived)
+    numpy.random.seed(derived % 2**32)
+    torch.manual_seed(derived)

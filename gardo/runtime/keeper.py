@@ -1,0 +1,193 @@
+"""Decides when a run is saved, and what is saved when it ends before its time."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gardo.config import Config, to_yaml
+from gardo.runtime.checkpoint import CheckpointFolder, TrainingState
+from gardo.runtime.faults import explain
+from gardo.runtime.metrics import MetricsWriter
+from gardo.runtime.process import Runtime
+from gardo.runtime.run_folder import RunFolder
+from gardo.runtime.signals import Stopped, StopRequested
+from gardo.types import UserError
+
+EVALUATION = "evaluation/"
+"""Prefix of a metric of ``evaluation.jsonl``."""
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+class Keeper:
+    """Holds the state of the last complete epoch and writes it when that is due.
+
+    Checkpoints are states between two epochs: all randomness is a function of the seed and the
+    epoch, so an epoch that was left in the middle is repeated exactly.
+
+        with keeper.rescue():
+            for epoch in ...:
+                with keeper.updates():
+                    ...                # the weights change
+                keeper.mark(epoch + 1, row)
+                keeper.save_if_due()
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        folder: RunFolder,
+        files: Sequence[MetricsWriter],
+        values: Callable[[], dict[str, Any]],
+        tensors: Callable[[], Tensors],
+        say: Callable[[str], None],
+    ) -> None:
+        """Save to ``folder``.
+
+        Args:
+            files: what must be on the disk before a checkpoint is.
+            values: the JSON part of the trainer's state.
+            tensors: the tensors of the trainer's state, copied to the host.
+            say: tells the user something.
+        """
+        self.config, self.runtime, self.folder = config, runtime, folder
+        self._files, self._values, self._tensors, self._say = files, values, tensors, say
+        settings = config.checkpoint
+        self.store = CheckpointFolder(
+            folder.checkpoints, settings.keep_last, settings.keep_best, settings.best
+        )
+        self._state: TrainingState | None = None
+        self._has_tensors = False
+        self._moved = False  # the live weights are no longer those of the state
+        self._scores: dict[str, Any] = {}
+        self._saved: int | None = None
+
+    def mark(self, epoch: int, row: Mapping[str, Any], saved: bool = False) -> None:
+        """An epoch is complete: this is the state that is saved from now on.
+
+        Args:
+            epoch: number of epochs done.
+            row: its metrics.
+            saved: whether there is a checkpoint of it.
+
+        Raises:
+            UserError: ``checkpoint.keep_best`` is not among the metrics.
+        """
+        tensors = self._tensors() if self.config.checkpoint.snapshot else {}
+        self._state = TrainingState(epoch, tensors, {**self._values(), "evaluated": None})
+        self._has_tensors, self._moved = bool(tensors), False
+        self._scores = dict(row)
+        if saved:
+            self._saved = epoch
+        best = self.config.checkpoint.keep_best
+        if row and best is not None and not best.startswith(EVALUATION):
+            _check_metric(best, row)
+
+    def evaluated(self, name: str, row: Mapping[str, Any]) -> None:
+        """The evaluation ``name`` after the marked epoch is written; UserError as `mark`."""
+        if self._state is not None:
+            self._state.values["evaluated"] = name
+        row = {EVALUATION + name: value for name, value in row.items()}
+        self._scores |= row
+        best = self.config.checkpoint.keep_best
+        if best is not None and best.startswith(EVALUATION):
+            _check_metric(best, row)
+
+    @contextmanager
+    def updates(self) -> Iterator[None]:
+        """The block in which weights change; without a snapshot it is not left for a signal."""
+        self._moved = True
+        with self.runtime.stop.deferred(not self._has_tensors):
+            yield
+
+    def save_if_due(self) -> None:
+        """Save the marked epoch if ``checkpoint.every`` says so, or if it is the last one.
+
+        Raises:
+            OSError: it could not be written; earlier checkpoints are as they were.
+        """
+        if self._state is None:
+            return
+        epoch, every = self._state.epoch, self.config.checkpoint.every
+        if epoch == self.config.epochs or (every and epoch % every == 0):
+            self.save()
+            self.runtime.wait()
+
+    def save(self) -> Path | None:
+        """Save the last complete epoch; its checkpoint, or None if its state is lost."""
+        state = self._state
+        if state is None:
+            return None
+        path = self.store.path / f"epoch_{state.epoch:04d}"
+        if self._saved == state.epoch:
+            return path
+        if not self._has_tensors:
+            if self._moved:
+                return None
+            state.tensors = self._tensors()
+        if self.folder.is_main:
+            for file in self._files:
+                file.sync()
+            state.values["clock"] = self.folder.clock()
+            score = self._scores.get(self.config.checkpoint.keep_best or "")
+            number = isinstance(score, int | float) and math.isfinite(score)
+            self.store.save(state, to_yaml(self.config), score if number else None)
+        self._saved = state.epoch
+        if not self._has_tensors:
+            state.tensors = {}
+        return path
+
+    @contextmanager
+    def rescue(self) -> Iterator[None]:
+        """Save before a signal, a user's mistake or lack of memory ends the run.
+
+        Raises:
+            Stopped: a signal came and there is a checkpoint of the last complete epoch.
+        """
+        try:
+            yield
+        except StopRequested as request:
+            path = self._save_or_explain()
+            if path is None:  # cannot be: such a block defers signals
+                raise
+            done = self._state.epoch if self._state is not None else 0
+            raise Stopped(
+                f"stopped by {request} after {done} of {self.config.epochs} epochs, saved in "
+                f"'{path}'; continue with: python -m gardo.train --resume {self.folder.path}"
+            ) from None
+        except (UserError, torch.OutOfMemoryError):
+            try:
+                path = self._save_or_explain()
+            except UserError as error:  # what ended the run is still the message
+                self._say(f"no checkpoint could be written: {error}")
+            else:
+                if path is not None:
+                    self._say(f"the last complete epoch is saved in '{path}'")
+            raise
+
+    def _save_or_explain(self) -> Path | None:
+        try:
+            return self.save()
+        except OSError as error:
+            explained = explain(error, self.config)
+            if explained is None:
+                raise
+            raise explained from error
+
+
+def _check_metric(name: str, row: Mapping[str, Any]) -> None:
+    if name not in row:
+        near = difflib.get_close_matches(name, row, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(
+            f"checkpoint.keep_best: no metric '{name}'{hint} (there are: {', '.join(sorted(row))})"
+        )
