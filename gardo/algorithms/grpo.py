@@ -14,7 +14,6 @@ from gardo.algorithms.shaping import ShapedEpoch
 from gardo.algorithms.update import Algorithm, EpochData, MicroBatch, UpdateStats
 from gardo.models.base import Schedule
 from gardo.runtime.rng import derive_seed, normal_rows
-from gardo.sampling.plan import batches
 from gardo.sampling.rollout import Rollout, noise_source
 
 __all__ = ["GRPO", "RatioNorm", "TrainingData", "UpdateStats"]
@@ -75,7 +74,8 @@ class GRPO(Algorithm):
         plan = data.rollout.plan
         size, share = plan.update_sizes[index], 1 / len(data.steps)
         batch_size = plan.batch_size(self.train.batch_size)
-        for rows in batches(plan.updates[index], batch_size):
+        for rows in plan.batches(index, batch_size):
+            self.runtime.stop_point()
             batch = MicroBatch.take(data, rows, batch_size)
             kl_weight = self.kl_weight(data, index, rows)
             # gradients are averaged over processes, and the kernel averages over the batch

@@ -92,11 +92,12 @@ class NFT(Algorithm):
         plan, config = data.rollout.plan, self.algorithm
         size, share = plan.update_sizes[index], 1 / len(data.steps)
         batch_size = plan.batch_size(self.train.batch_size)
-        for rows in batches(plan.updates[index], batch_size):
+        for rows in plan.batches(index, batch_size):
+            self.runtime.stop_point()
             batch = MicroBatch.take(data, rows, batch_size)
             kl_weight = self.kl_weight(data, index, rows)
             # the kernel averages the KL over the penalised samples, the policy's loss over all
-            kl_coef = config.kl_coef * kl_weight * size * batch.gated / batch.size
+            kl_coef = config.kl_coef * kl_weight * size * batch.gated / max(batch.size, 1)
             # gradients are averaged over processes
             weight = batch.size * self.runtime.world_size / size * share
             for k in data.steps:

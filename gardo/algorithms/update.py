@@ -18,7 +18,7 @@ from gardo.config import AlgorithmConfig, TrainConfig
 from gardo.models.adapters import POLICY, Adapters
 from gardo.models.base import Schedule
 from gardo.runtime.process import Runtime
-from gardo.sampling.plan import EpochPlan, batches, padded_rows
+from gardo.sampling.plan import EpochPlan, padded_rows
 from gardo.sampling.rollout import Rollout, Sampler
 
 
@@ -122,7 +122,7 @@ class Algorithm(ABC):
         rows, per_update = list(shaped.gated_rows), list(shaped.gated_per_update)
         for index, update in enumerate(plan.updates):
             if self.algorithm.kl_reduction == "microbatch":
-                parts = batches(update, plan.batch_size(self.train.batch_size))
+                parts = plan.batches(index, plan.batch_size(self.train.batch_size))
             else:
                 parts = [update] if per_update[index] == 0 else []
             added = [i for p in parts if _count(shaped.gated_rows, p) == 0 for i in _rows(p)]
