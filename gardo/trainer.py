@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from gardo.algorithms.adaptive_reference import AdaptiveReference
 from gardo.algorithms.ema import EMA
 from gardo.algorithms.grpo import GRPO
 from gardo.algorithms.nft import NFT
 from gardo.algorithms.parity import check_parity, ratio_deviation
-from gardo.algorithms.reference import AdaptiveReference
 from gardo.algorithms.shaping import Shaper
 from gardo.algorithms.update import Algorithm, UpdateStats
 from gardo.config import Config
@@ -173,7 +173,9 @@ class Trainer:
             update_metrics, kl = stats.metrics(self.runtime)
             update_metrics |= self.algorithm.finish_epoch((epoch + 1) * updates)
             # without a KL term nothing looks at the reference
-            reset = config.algorithm.kl_coef > 0 and self.adaptive_reference.update(kl)
+            reset = config.algorithm.kl_coef > 0 and self.adaptive_reference.update(
+                kl, shaped.scores
+            )
             if reset:
                 self.adapters.copy(POLICY, REFERENCE)
         rows_per_sample = 2 if self.sampler.guided else 1
@@ -182,6 +184,7 @@ class Trainer:
             **shaped.metrics,
             **update_metrics,
             "reference/reset": int(reset),
+            "reference/refused": int(self.adaptive_reference.refused),
             "forwards/policy": self.model.rows - rows_before - data.reference_rows,
             "forwards/reference": data.reference_rows,
             "forwards/reference_ungated": len(rollout) * len(data.steps) * rows_per_sample,

@@ -1,15 +1,13 @@
-"""Velocities of the reference and other policies on some rows, and when a reference is reset."""
+"""Velocities of the reference and other policies on some rows, and the steps that are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gardo.config import ReferenceConfig
 from gardo.models.adapters import REFERENCE, Adapters
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.sampling.steps import StepTable
@@ -86,34 +84,6 @@ def velocity_pass(
     slot = torch.zeros(len(rollout), dtype=torch.int64, device=device)
     slot[torch.tensor(some_rows, device=device)] = torch.arange(count, device=device)
     return RowVelocities(velocity, slot)
-
-
-class AdaptiveReference:
-    """Decides after each epoch whether the reference becomes the current policy."""
-
-    def __init__(self, config: ReferenceConfig) -> None:
-        self.config = config
-        self.epochs_since_reset = 0
-
-    def update(self, kl: float | None) -> bool:
-        """Count an epoch and return whether to reset.
-
-        Args:
-            kl: the epoch's mean KL over gated samples; None if no sample was gated.
-        """
-        self.epochs_since_reset += 1
-        threshold, period = self.config.kl_threshold, self.config.reset_every
-        too_far = threshold > 0 and kl is not None and kl > threshold
-        too_old = period > 0 and self.epochs_since_reset >= period
-        if too_far or too_old:
-            self.epochs_since_reset = 0
-        return too_far or too_old
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epochs_since_reset": self.epochs_since_reset}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epochs_since_reset = int(state["epochs_since_reset"])
 
 
 def trained_steps(table: StepTable, fraction: float, selection: str, seed: int) -> list[int]:

@@ -27,6 +27,8 @@ class ShapedEpoch:
         gated_per_update: gated samples per update over all processes.
         metrics: figures of the epoch over all processes.
         mode: how the gate was drawn: paper, official, all or off.
+        scores: ``[1 + K, N]`` of the samples of all processes: the proxy, then the auxiliary
+            rewards, larger is better; None where nobody asks for them.
     """
 
     advantage: Tensor
@@ -35,6 +37,7 @@ class ShapedEpoch:
     gated_per_update: tuple[int, ...]
     metrics: dict[str, float]
     mode: str = "paper"
+    scores: Tensor | None = None
 
 
 class Shaper:
@@ -87,6 +90,7 @@ class Shaper:
             gated_per_update=tuple(int(shaped.gate[a:b].sum()) for a, b in pairwise(starts)),
             metrics=metrics,
             mode=self.gate_mode,
+            scores=torch.cat([proxy[None], aux]),
         )
 
     def _shape(

@@ -229,17 +229,17 @@ class ReferenceConfig(Section):
         "the loss of any optimizer step",
     )
     guard: bool = key(
-        False, "reset only to a policy that the auxiliary rewards like no less than the reference"
+        False, "reset only to a policy that the auxiliary rewards trust no less than the reference"
     )
-    guard_window: Positive = key(5, "epochs that the guard looks at")
+    guard_window: Positive = key(5, "epochs that the guard judges a policy by")
     guard_share: Annotated[float, Field(gt=0.0, le=1.0)] = key(
-        0.1, "share of the samples, the best by the proxy, that the guard compares"
-    )
-    guard_win_rate: Fraction = key(
-        0.5, "least win rate of those against the reference's, by the auxiliary rewards"
+        0.05, "share of the samples, the most uncertain, whose mean uncertainty it watches"
     )
     guard_uncertainty: NonNegativeFloat = key(
-        0.05, "most that the mean uncertainty may exceed the reference's"
+        0.05, "most that this mean may exceed the lowest of any reference so far"
+    )
+    guard_win_rate: Fraction = key(
+        0.5, "least win rate against the reference's samples by the auxiliary rewards"
     )
 
 
@@ -408,6 +408,8 @@ def _contradictions(c: Config) -> Iterator[str]:
             f"algorithm.gate.mode: '{gate.mode}' needs at least one auxiliary reward "
             "(rewards.aux); without one use gate.mode all or off"
         )
+    if c.algorithm.reference.guard and not c.rewards.aux:
+        yield "algorithm.reference.guard: needs at least one auxiliary reward (rewards.aux)"
     if gate.adaptive and gate.mode in ("paper", "official") and not 0.02 <= gate.fraction <= 0.2:
         yield (
             "algorithm.gate.fraction: an adaptive fraction moves in [0.02, 0.2]; expected a start "

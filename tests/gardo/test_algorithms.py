@@ -10,9 +10,9 @@ import torch
 
 import gardo_kernels as gk
 from gardo.algorithms.grpo import GRPO, TrainingData, UpdateStats
-from gardo.algorithms.reference import AdaptiveReference, reference_pass, trained_steps
+from gardo.algorithms.reference import reference_pass, trained_steps
 from gardo.algorithms.shaping import ShapedEpoch, Shaper
-from gardo.config import ReferenceConfig, load_config
+from gardo.config import load_config
 from gardo.models.adapters import POLICY
 from gardo.rewards.scoring import RewardSet, ScoreBook, reward_metrics
 from gardo.runtime.process import Runtime
@@ -301,30 +301,7 @@ def test_reward_metrics_of_no_score_are_not_numbers():
     assert metrics["reward/x/mean"] != metrics["reward/x/mean"]
 
 
-# --- the adaptive reference ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("threshold", "period", "kls", "resets"),
-    [
-        (1e-3, 0, [1e-4, 2e-3, 1e-4, 1e-3], [1]),  # strictly above
-        (0.0, 3, [1.0] * 7, [2, 5]),
-        (1e-3, 3, [1e-4, 2e-3, 1e-4, 1e-4, 1e-4], [1, 4]),  # a reset restarts the period
-        (1e-3, 0, [None, None, 2e-3], [2]),  # no gated sample: no KL to judge by
-        (0.0, 0, [1.0] * 5, []),
-    ],
-)
-def test_resets(threshold, period, kls, resets):
-    reference = AdaptiveReference(ReferenceConfig(kl_threshold=threshold, reset_every=period))
-    assert [e for e, kl in enumerate(kls) if reference.update(kl)] == resets
-
-
-def test_reset_counter_survives_a_state_round_trip():
-    config = ReferenceConfig(kl_threshold=0.0, reset_every=3)
-    first, second = AdaptiveReference(config), AdaptiveReference(config)
-    first.update(0.0), first.update(0.0)
-    second.load_state_dict(first.state_dict())
-    assert second.update(0.0)
+# --- which steps are trained ----------------------------------------------------------------------
 
 
 def test_trained_steps(model):
