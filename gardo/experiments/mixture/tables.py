@@ -1,0 +1,125 @@
+"""Results over seeds: JSON for machines, Markdown for readers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from gardo.experiments.mixture.methods import PARTS
+from gardo.experiments.mixture.training import Settings
+
+COLUMNS = {
+    "centre": "in the centre",
+    "hacked": "hacked",
+    "off": "off the manifold",
+    "off_last_context": "off, saturated context",
+    "penalised": "penalised",
+    "resets": "resets",
+    "refused": "refused",
+    "true": "true reward",
+    "proxy": "proxy",
+}
+"""Figures of a run and what the tables call them."""
+
+SHOWN = {
+    "base": ("centre", "off", "penalised", "resets", "true"),
+    "std": ("off_last_context", "off", "centre", "proxy"),
+    "hack": ("hacked", "centre", "penalised", "resets", "refused", "true", "proxy"),
+}
+_COUNTS = ("resets", "refused")
+
+
+def figures(record: dict[str, Any]) -> dict[str, float]:
+    """The figures of one run: shares of final samples, and what happened in training.
+
+    ``penalised`` is the mean share of gated samples over all epochs; ``refused`` counts the
+    epochs in which a reset was due and refused.
+    """
+    epochs = record["epochs"]
+    return {
+        **record["end"],
+        "penalised": fmean(epochs["gate"]),
+        "resets": sum(epochs["reset"]),
+        "refused": sum(epochs["refused"]),
+    }
+
+
+def summarize(records: list[dict[str, Any]], settings: Settings) -> dict[str, Any]:
+    """Every figure of every method: one value per seed, their mean and standard deviation."""
+    parts: dict[str, Any] = {}
+    for part in PARTS:
+        mine = [r for r in records if r["part"] == part.name]
+        starts = {r["seed"]: r["start"] for r in mine}
+        parts[part.name] = {
+            "title": part.title,
+            "pretrained": _over_seeds(list(starts.values())),
+            "methods": {
+                method.name: _over_seeds([figures(r) for r in mine if r["method"] == method.name])
+                for method in part.methods
+            },
+        }
+    return {
+        "settings": asdict(settings),
+        "seeds": sorted({r["seed"] for r in records}),
+        "seconds_per_run": round(fmean(r["seconds"] for r in records), 2),
+        "torch": torch.__version__,
+        "parts": parts,
+    }
+
+
+def _over_seeds(rows: list[dict[str, float]]) -> dict[str, Any]:
+    columns = {name: [round(row[name], 4) for row in rows] for name in rows[0]}
+    return {
+        name: {
+            "mean": round(fmean(values), 4),
+            "sd": round(stdev(values), 4) if len(values) > 1 else None,
+            "seeds": values,
+        }
+        for name, values in columns.items()
+    }
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """One table per part: mean ± standard deviation over seeds, and the seeds' main figure."""
+    seeds = ", ".join(map(str, summary["seeds"]))
+    lines = [
+        "# Results of the mixture experiment",
+        "",
+        "Written by `python -m gardo.experiments.mixture`; the protocol and what the figures mean are",
+        f"in `docs/experiments/mixture.md`. Mean ± standard deviation over the seeds {seeds};",
+        f"{summary['settings']['evaluation_samples']} samples each; torch {summary['torch']}; "
+        f"{summary['seconds_per_run']} s per run on one thread.",
+    ]
+    for name, part in summary["parts"].items():
+        shown = SHOWN[name]
+        first = COLUMNS[shown[0]]
+        header = ["method", *(COLUMNS[c] for c in shown), f"{first}, seed by seed"]
+        lines += ["", f"## {part['title']}", "", _row(header), "|" + "---|" * len(header)]
+        for method, values in [("pretrained", part["pretrained"]), *part["methods"].items()]:
+            cells = [_cell(c, values[c]) if c in values else "" for c in shown]
+            each = " ".join(f"{v:.3f}" for v in values[shown[0]]["seeds"])
+            lines.append(_row([method, *cells, each]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(column: str, value: dict[str, Any]) -> str:
+    digits = 1 if column in _COUNTS else 3
+    spread = "" if value["sd"] is None else f" ± {value['sd']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{spread}"
+
+
+def write(out: Path, summary: dict[str, Any]) -> str:
+    """Write ``results.json`` and ``results.md`` into ``out``; returns the Markdown."""
+    table = markdown(summary)
+    (out / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (out / "results.md").write_text(table, encoding="utf-8")
+    return table
