@@ -76,7 +76,7 @@ class GRPO(Algorithm):
         batch_size = plan.batch_size(self.train.batch_size)
         for rows in plan.batches(index, batch_size):
             self.runtime.stop_point()
-            batch = MicroBatch.take(data, rows, batch_size)
+            batch = MicroBatch.take(data, self.sampler, rows, batch_size)
             kl_weight = self.kl_weight(data, index, rows)
             # gradients are averaged over processes, and the kernel averages over the batch
             weight = len(batch.rows) * self.runtime.world_size / size * share
@@ -102,7 +102,7 @@ class GRPO(Algorithm):
         step = data.steps[step_index]
         latents, prev = rollout.latents_at(step, rows), rollout.latents_at(step + 1, rows)
         timesteps = rollout.table.timesteps[step].expand(len(rows))
-        velocity = self.sampler.velocity(latents, timesteps, batch.prompts)
+        velocity = self.sampler.velocity(latents, timesteps, batch.conditioning)
         coef = rollout.table.coefficients[step]
         guard = data.ratio_norm if isinstance(data, TrainingData) else None
         out = gk.grpo_loss(

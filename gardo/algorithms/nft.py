@@ -94,7 +94,7 @@ class NFT(Algorithm):
         batch_size = plan.batch_size(self.train.batch_size)
         for rows in plan.batches(index, batch_size):
             self.runtime.stop_point()
-            batch = MicroBatch.take(data, rows, batch_size)
+            batch = MicroBatch.take(data, self.sampler, rows, batch_size)
             kl_weight = self.kl_weight(data, index, rows)
             # the kernel averages the KL over the penalised samples, the policy's loss over all
             kl_coef = config.kl_coef * kl_weight * size * batch.gated / max(batch.size, 1)
@@ -115,7 +115,7 @@ class NFT(Algorithm):
     def _loss(self, data: NFTData, batch: MicroBatch, k: int, kl_coef: float) -> gk.NFTLoss:
         rollout, size = data.rollout, batch.size
         noised = rollout.latents_at(k, batch.rows)
-        v = self.sampler.velocity(noised, data.timesteps[k, batch.rows], batch.prompts).cond
+        v = self.sampler.velocity(noised, data.timesteps[k, batch.rows], batch.conditioning).cond
         # a sample without advantage still has a loss here: the padding must go
         rows, v = batch.rows[:size], v[:size]
         reference, behaviour = data.reference if batch.gated else None, data.behaviour

@@ -20,6 +20,7 @@ from gardo.models.base import Schedule
 from gardo.runtime.process import Runtime
 from gardo.sampling.plan import EpochPlan, padded_rows
 from gardo.sampling.rollout import Rollout, Sampler
+from gardo.sampling.trajectory import Conditioning
 
 
 @dataclass
@@ -174,22 +175,23 @@ class MicroBatch:
     size: int
     gated: int
     real: Tensor
-    prompts: list[str]
+    conditioning: Conditioning
     advantage: Tensor
     gate: Tensor
 
     @classmethod
-    def take(cls, data: EpochData, rows: slice, batch_size: int) -> MicroBatch:
-        """Fill a batch with consecutive rows of an update."""
+    def take(cls, data: EpochData, sampler: Sampler, rows: slice, batch_size: int) -> MicroBatch:
+        """Fill a batch with consecutive rows of an update; prompts are looked up once."""
         shaped, rollout = data.shaped, data.rollout
         index = padded_rows(rows, batch_size, torch.device("cpu"))
-        prompts = [rollout.prompts[i] for i in index.tolist()]
+        conditioning = sampler.condition([rollout.prompts[i] for i in index.tolist()])
         device = rollout.log_prob.device
         index = index.to(device)
         size, gated = rows.stop - rows.start, _count(shaped.gated_rows, rows)
         real = torch.arange(batch_size, device=device) < size
         advantage = torch.where(real, shaped.advantage[index], 0.0)
-        return cls(index, size, gated, real, prompts, advantage, shaped.gate[index] & real)
+        gate = shaped.gate[index] & real
+        return cls(index, size, gated, real, conditioning, advantage, gate)
 
 
 @dataclass

@@ -155,6 +155,9 @@ class OneVelocity:
     def __init__(self, velocity):
         self.answer = velocity
 
+    def condition(self, prompts):
+        return prompts
+
     def velocity(self, latents, timesteps, prompts):
         return Velocity(self.answer, None)
 
