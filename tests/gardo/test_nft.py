@@ -273,9 +273,9 @@ def test_loss_is_the_formula(config, runtime, adapters, make_sampler, rollout, m
 def test_padding_has_no_part(config, runtime, adapters, make_sampler, rollout, model):
     nft = nft_of(config, adapters, make_sampler(1.0), runtime, 0.2)
     data = nft.prepare(rollout, shaped_epoch([]), model.schedule(5, 24), 0, 0)
-    batch = MicroBatch.take(data, slice(3, 4), 4)
+    batch = MicroBatch.take(data, nft.sampler, slice(3, 4), 4)
     assert (batch.size, len(batch.rows)) == (1, 4)
-    alone = MicroBatch.take(data, slice(3, 4), 1)
+    alone = MicroBatch.take(data, nft.sampler, slice(3, 4), 1)
     padded, single = (float(nft._loss(data, b, 0, 0.0).loss.detach()) for b in (batch, alone))
     assert padded == pytest.approx(single, rel=1e-5)
 
