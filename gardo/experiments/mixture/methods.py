@@ -26,7 +26,7 @@ class Method:
 
 
 def _method(name: str, reference: str = "none", kl_coef: float = KL_COEF, **keys: Any) -> Method:
-    """GARDO's shaping; the reference is ``none`` (no KL), ``static``, ``adaptive`` or ``guarded``."""
+    """GARDO's shaping; ``reference`` is none (no KL), static, adaptive or guarded."""
     period = RESET_EVERY if reference in ("adaptive", "guarded") else 0
     reset = {"kl_threshold": 0.0, "reset_every": period, "guard": reference == "guarded"}
     weight = 0.0 if reference == "none" else kl_coef

@@ -90,10 +90,9 @@ def markdown(summary: dict[str, Any]) -> str:
     lines = [
         "# Results of the mixture experiment",
         "",
-        "Written by `python -m gardo.experiments.mixture`; the protocol and what the figures mean are",
+        "Written by `python -m gardo.experiments.mixture`; what it means, and the protocol, are",
         f"in `docs/experiments/mixture.md`. Mean ± standard deviation over the seeds {seeds};",
-        f"{summary['settings']['evaluation_samples']} samples each; torch {summary['torch']}; "
-        f"{summary['seconds_per_run']} s per run on one thread.",
+        f"{summary['settings']['evaluation_samples']} samples each; torch {summary['torch']}.",
     ]
     for name, part in summary["parts"].items():
         shown = SHOWN[name]
