@@ -152,6 +152,11 @@ def behaviour_decay(config: NFTConfig, optimizer_steps: int) -> float:
     return min(config.decay_rate * elapsed, config.decay_max)
 
 
+def count_noise_levels(num_steps: int, fraction: float) -> int:
+    """How many entries of the schedule each sample is trained at: a share of them, at least one."""
+    return max(1, int(num_steps * fraction + 1e-9))
+
+
 def drawn_steps(
     sample_ids: Sequence[int],
     num_steps: int,
@@ -165,8 +170,7 @@ def drawn_steps(
     ``count`` is this share of the schedule, at least one. With ``random`` each sample has an order
     of its own, which depends on its id alone; with ``first`` all take the noisiest ones.
     """
-    count = max(1, int(num_steps * fraction + 1e-9))
-    columns = []
+    count, columns = count_noise_levels(num_steps, fraction), []
     for sample in sample_ids:
         if selection == "first":
             columns.append(torch.arange(count))

@@ -48,7 +48,12 @@ class Shaper:
         self.rewards = rewards
         # without a KL term there is nothing to gate
         self.gate_mode = config.gate.mode if config.kl_coef > 0 else "off"
-        self.controller = gk.AdaptiveFraction(initial=config.gate.fraction)
+        # a fraction that does not adapt need not lie where adaptive ones move
+        self.controller = (
+            gk.AdaptiveFraction(config.gate.fraction)
+            if config.gate.adaptive
+            else gk.AdaptiveFraction(config.gate.fraction, low=0.0, high=1.0)
+        )
 
     def __call__(self, book: ScoreBook, plan: EpochPlan, runtime: Runtime) -> ShapedEpoch:
         total = sum(plan.update_sizes)

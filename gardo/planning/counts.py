@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gardo.algorithms.nft import count_noise_levels
 from gardo.algorithms.reference import trained_steps
 from gardo.config import Config
 from gardo.models.base import Schedule
@@ -26,8 +27,8 @@ class EpochCounts:
         rows_per_sample: 2 with classifier-free guidance, else 1.
         trained_steps: denoising steps that are trained.
         gated_share: share of the samples that is expected to carry the KL penalty.
-        rollout_rows, reference_rows, train_rows: rows per epoch over all processes, padding
-            included; the reference's at ``gated_share``.
+        rollout_rows, behaviour_rows, reference_rows, train_rows: rows per epoch over all
+            processes, padding included; the reference's at ``gated_share``.
         samples_per_process: of the process with the most.
         rollout_batch, train_batch: samples per batch of the first process, padding included.
         rollout_batches, train_batches: its batches per epoch.
@@ -45,6 +46,7 @@ class EpochCounts:
     rows_per_sample: int
     gated_share: float
     rollout_rows: int
+    behaviour_rows: int
     reference_rows: int
     train_rows: int
     samples_per_process: int
@@ -88,6 +90,8 @@ def count_epoch(config: Config, processes: int, embedded_guidance: bool) -> Epoc
         rows_per_sample=rows,
         gated_share=gated,
         rollout_rows=(samples + padded_rollout) * sampling.num_steps * rows,
+        # DiffusionNFT runs the behaviour policy on every noised sample
+        behaviour_rows=samples * steps if config.algorithm.name == "nft" else 0,
         reference_rows=round(samples * gated) * steps * rows,
         train_rows=(samples + padded_train) * steps * rows,
         samples_per_process=max(len(plan.sample_ids) for plan in plans),
@@ -109,6 +113,8 @@ def _batches(plan: EpochPlan, largest: int) -> tuple[int, int]:
 def count_trained_steps(config: Config) -> int:
     """Denoising steps that an epoch trains; which coefficients vanish is the SDE's matter."""
     sampling = config.sampling
+    if config.algorithm.name == "nft":
+        return count_noise_levels(sampling.num_steps, config.train.timestep_fraction)
     sigmas = torch.linspace(1.0, 0.0, sampling.num_steps + 1)
     table = step_table(
         Schedule(sigmas, sigmas[:-1] * 1000),

@@ -110,7 +110,7 @@ class Planner:
             {
                 "rollout": counts.rollout_rows / n / rates.forward,
                 "decoding": counts.samples / n / rates.decode,
-                "reference": counts.reference_rows / n / rates.forward,
+                "reference": (counts.behaviour_rows + counts.reference_rows) / n / rates.forward,
                 "training": counts.train_rows / n / rates.train,
             }
         )

@@ -91,6 +91,7 @@ def estimate_memory(
         *_weights(config, parameters, sample.trainable, counts.processes),
         *frozen,
         Item("trajectories", kept * trajectory),
+        Item("behaviour velocities", counts.behaviour_rows / counts.processes * latent),
         Item("reference velocities", 0 if offload else counts.trained_steps * gated * latent),
     ]
     working = counts.rollout_batch * sample.forward_bytes
@@ -144,21 +145,24 @@ def reward_items(config: Config) -> list[Item]:
 
 def _weights(config: Config, parameters: Counts, trainable: int, processes: int) -> list[Item]:
     """Transformer, adapters and what the optimizer keeps: gradients and two moments in float32."""
+    policies, copied = 2, "policy and reference"
+    if config.algorithm.name == "nft":
+        policies, copied = 3, "policy, reference and behaviour policy"
     average = 4 * trainable if config.train.ema else 0
     # DDP keeps its own buckets of gradients
     buckets = 4 * trainable if processes > 1 else 0
     if config.model.full_finetune:
-        copies = 2 * 4 * (parameters.transformer + parameters.buffers)
+        copies = policies * 4 * (parameters.transformer + parameters.buffers)
         low = parameters.transformer * BYTES[config.precision] if config.precision != "fp32" else 0
         weights = [
-            Item("policy and reference, fp32", copies),
+            Item(f"{copied}, fp32", copies),
             Item(f"autocast copies, {config.precision}", low),
         ]
     else:
         total = parameters.transformer + parameters.buffers
         weights = [
             Item(f"transformer, {config.precision}", total * BYTES[config.precision]),
-            Item("LoRA of policy and reference", 2 * 4 * trainable),
+            Item(f"LoRA of {copied}", policies * 4 * trainable),
         ]
     return [
         *weights,

@@ -96,6 +96,11 @@ def as_text(plan: Plan) -> str:
         "",
         "TRANSFORMER ROWS PER EPOCH, all processes",
         _row("rollout", c.rollout_rows, f"{c.num_steps} steps{_guidance(c)}"),
+        *(
+            [_row("behaviour policy", c.behaviour_rows, f"{c.trained_steps} noise levels")]
+            if c.behaviour_rows
+            else []
+        ),
         _row(
             "reference",
             c.reference_rows,

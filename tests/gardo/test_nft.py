@@ -22,6 +22,7 @@ from gardo.algorithms.update import MicroBatch, UpdateStats
 from gardo.config import NFTConfig, load_config
 from gardo.models.adapters import BEHAVIOUR, POLICY, REFERENCE, build_adapters
 from gardo.models.base import Schedule, Velocity
+from gardo.planning.counts import count_epoch
 from gardo.runtime.process import Runtime
 from gardo.runtime.rng import generator
 from gardo.sampling.plan import plan_epoch
@@ -323,6 +324,29 @@ def test_rollouts_are_drawn_by_the_behaviour_policy(config, runtime, adapters, m
     assert nft.sampler.weights == POLICY
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+def test_published_recipe():
+    config = load_config("sd35-medium-geneval-nft")
+    algorithm, sampling, train = config.algorithm, config.sampling, config.train
+    assert (algorithm.name, algorithm.kl_coef, algorithm.nft.beta) == ("nft", 0.04, 1.0)
+    decays = [behaviour_decay(algorithm.nft, step) for step in (100, 1000)]
+    assert decays == pytest.approx([0.1, 0.5])
+    assert (algorithm.adv_clip, algorithm.advantage_norm, algorithm.diversity) == (
+        5.0,
+        "none",
+        True,
+    )
+    assert (algorithm.gate.mode, algorithm.gate.adaptive) == ("paper", True)
+    assert (algorithm.reference.kl_threshold, algorithm.reference.reset_every) == (0.15, 16)
+    assert (sampling.solver, sampling.num_steps, sampling.guidance_scale) == ("dpm2", 10, 1.0)
+    assert (train.timestep_fraction, train.updates_per_epoch) == (1.0, 2)
+    counts = count_epoch(config, processes=8, embedded_guidance=False)
+    assert counts.rows_per_sample == 1
+    assert counts.rollout_rows == counts.behaviour_rows == counts.train_rows == 1152 * 10
 
 
 # --- whole runs -----------------------------------------------------------------------------------

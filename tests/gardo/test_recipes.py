@@ -100,7 +100,7 @@ def expected_values(name):
 
 
 def test_all_recipes_of_the_plan_exist():
-    assert set(recipe_names()) == {"tiny", *FULL_SIZE}
+    assert set(recipe_names()) == {"tiny", "tiny-nft", "sd35-medium-geneval-nft", *FULL_SIZE}
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
