@@ -160,6 +160,7 @@ class Trainer:
             shaped = self.shaper(book, rollout.plan, self.runtime)
         with stage("reference"):
             data = self.algorithm.prepare(rollout, shaped, self.schedule, config.seed, epoch)
+        self.runtime.stop_together()
         with stage("update"), self.keeper.updates():
             if isinstance(self.algorithm, GRPO):
                 self.check_parity(rollout, data.steps)

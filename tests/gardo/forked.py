@@ -1,4 +1,4 @@
-"""Runs `gardo.train` in forks of a process that has imported everything, so that each starts at once.
+"""Runs `gardo.train` in forks of a process that has imported everything: each starts at once.
 
 As a module it is that process: it reads a request per line and answers with the process id of the
 fork and, when that has ended, with its exit status.
@@ -97,6 +97,7 @@ def serve() -> None:
     for module in IMPORTED_LATE:
         importlib.import_module(module)
     import gardo.runtime.report
+
     torch.set_num_threads(1)
     # its curves take as long as six epochs, and nothing is resumed from it
     gardo.runtime.report.write_report = lambda runs, out: out
@@ -206,7 +207,7 @@ def fail(where: str, count: int, kind: str) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
 
     def unavailable():
-        raise RewardUnavailable("count", "no server answers")
+        raise RewardUnavailable("clean", "no server answers")
 
     owner, function = {
         "update": (gardo.trainer.Trainer, "check_parity"),
