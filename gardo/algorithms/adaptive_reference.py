@@ -104,17 +104,17 @@ class ResetGuard:
 
         The uncertainty is the gate's in its published form: the proxy's win rate minus the mean
         win rate of the auxiliaries, over the batch, ties counting one half. A sample with a
-        missing score is left out.
+        missing score is left out, and so is an epoch in which every sample misses one.
 
         Raises:
-            ValueError: no auxiliary rewards, or no sample with all its scores.
+            ValueError: no auxiliary rewards.
         """
         if scores.dim() != 2 or len(scores) < 2:
             raise ValueError(f"scores: expected [1 + K, N] with K > 0, got {list(scores.shape)}")
         scores = scores.detach().double().cpu()
         scores = scores[:, scores.isfinite().all(dim=0)]
         if scores.shape[1] == 0:
-            raise ValueError("scores: expected a sample with all its scores, got none")
+            return
         rates = gk.win_rate(scores)
         uncertainty = rates[0] - rates[1:].mean(dim=0)
         count = max(1, round(self.config.guard_share * len(uncertainty)))

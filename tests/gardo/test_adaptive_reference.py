@@ -123,8 +123,9 @@ def test_missing_scores_are_left_out():
     hole = OVERRATED.clone()
     hole[1, 9] = torch.nan  # without its worst sample the rest agrees
     assert decisions(guarded(), [AGREE, hole, hole])[1] == "reset"
-    with pytest.raises(ValueError, match="all its scores"):
-        ResetGuard(guarded()).observe(torch.full((2, 3), torch.nan))
+    nothing = torch.full((2, 10), torch.nan)
+    epochs = [AGREE, nothing, nothing, AGREE]
+    assert decisions(guarded(), epochs) == ["-", "refused", "refused", "reset"]
 
 
 def test_guard_needs_auxiliary_rewards():
