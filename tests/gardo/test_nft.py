@@ -32,6 +32,7 @@ from gardo.sampling.steps import step_table
 from gardo.types import UserError
 from tests.gardo.conftest import PROMPTS
 from tests.gardo.test_algorithms import assert_equal_gradients, shaped_epoch
+from tests.gardo.test_distributed import train as train_in_processes
 from tests.gardo.test_models import perturb
 from tests.gardo.test_training import rows, train_here
 
@@ -365,6 +366,23 @@ def test_run(tmp_path):
     assert first["behaviour/decay"] == pytest.approx(0.002)
     assert second["behaviour/decay"] == pytest.approx(0.004)
     assert second["grad_norm"] > 0
+
+
+def test_two_processes_make_the_update_of_one(tmp_path):
+    """18 samples in two updates of nine: unequal shares, and an empty batch."""
+    runs = []
+    for processes in (1, 2):
+        # one epoch: later ones start from other roundings
+        changes = {**NFT_RUN, "epochs": "1", "algorithm.nft.decay_rate": "0.1"}
+        runs.append(train_in_processes(tmp_path / str(processes), processes, **changes))
+    (one, weights), (two, other_weights) = runs
+    for name in ("loss/policy", "loss/total", "kl", "grad_norm", "reward/count/mean"):
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-5), name
+    assert one[0]["kl"] > 0
+    moved = max(float(value.abs().max()) for value in weights.values())
+    assert moved > 1e-3
+    for name, value in weights.items():
+        torch.testing.assert_close(other_weights[name], value, rtol=0, atol=1e-5)
 
 
 def test_second_order_rollouts_are_those_of_diffusers_solver(model, make_sampler):
