@@ -29,6 +29,7 @@ from gardo.sampling.plan import plan_epoch
 from gardo.sampling.rollout import Rollout
 from gardo.sampling.solvers import dpm2_table
 from gardo.sampling.steps import step_table
+from gardo.sampling.trajectory import Trajectory, inputs, like
 from gardo.types import UserError
 from tests.gardo.conftest import PROMPTS
 from tests.gardo.test_algorithms import assert_equal_gradients, shaped_epoch
@@ -460,3 +461,18 @@ def test_dpm2_is_exact_for_a_velocity_that_points_at_the_data():
         x, before = table.step(i, x, noise - data, before)
         expected = (1 - sigmas[i + 1]) * data + sigmas[i + 1] * noise
         torch.testing.assert_close(x, expected, rtol=0, atol=2e-6)
+
+
+def test_graph_buffers_hold_the_solvers_coefficients(model, make_sampler):
+    """What a CUDA graph reads must be copied into memory of its own."""
+    sampler, schedule = make_sampler(1.0), model.schedule(4, 24)
+    table = step_table(schedule, CPU, kind="ode", noise_level=0.0, solver="dpm2")
+    latents = torch.zeros(5, 2, *sampler.latent_shape)
+    first = Trajectory(latents, torch.zeros(4, 2), None, sampler.condition(PROMPTS), table)
+    buffers = like(first)
+    mine, theirs = inputs(first), inputs(buffers)
+    names = {f"multistep.{name}" for name in ("sigma", "carry", "new", "old")}
+    assert names <= mine.keys() == theirs.keys()
+    for name in names:
+        assert torch.equal(mine[name], theirs[name])
+        assert mine[name].data_ptr() != theirs[name].data_ptr()
