@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gardo.config import Config, iter_keys, load_config, recipe_description, recipe_names, type_name
+from gardo.runtime.arguments import Parser
 from gardo.runtime.signals import STOPPED, Stopped
 from gardo.types import UserError
 
@@ -18,11 +19,6 @@ if TYPE_CHECKING:  # not needed for --help
     from gardo.runtime.resume import ResumePoint
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ def parse(
         UserError: unknown option, recipe or key, wrong value, nothing to resume where a path says
             so, or a run to resume that has other settings.
     """
-    parser = _Parser(
+    parser = Parser(
         prog=program,
         description=description,
         allow_abbrev=False,

@@ -5,21 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from gardo import cli
 from gardo.config import Config, to_yaml
+from gardo.runtime.arguments import Parser
 from gardo.types import UserError
 
 if TYPE_CHECKING:
     from gardo.planning.report import Plan
 
 DESCRIPTION = "Estimate samples, forwards, memory and time of an epoch, without running it."
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = _Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser = Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     parser.add_argument("--gpus", type=_positive_int, default=1, metavar="N", help="default: 1")
     parser.add_argument(
         "--memory", type=_positive, metavar="GB", help="of each GPU; default: the GPU's own"

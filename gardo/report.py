@@ -5,15 +5,17 @@ python -m gardo.report RUN [RUN ...] [--out FILE]
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gardo.runtime.arguments import Parser
+from gardo.types import UserError
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: returns 0, or 2 after one line on standard error for a mistake of the user."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m gardo.report",
         description="Write one self-contained HTML file about a run, or comparing several.",
     )
@@ -27,22 +29,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the HTML file; default: report.html in the run's folder, or "
         "comparison.html here for several runs",
     )
-    options = parser.parse_args(arguments)
-    runs: list[Path] = options.runs
-    out = options.out or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
-
-    from gardo.runtime.report import ReportError, write_report
-
     try:
-        path = write_report(runs, out)
-    except ReportError as error:
+        options = parser.parse_args(arguments)
+        print(_write(options.runs, options.out))
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"error: cannot write {out}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    print(path)
     return 0
+
+
+def _write(runs: list[Path], out: Path | None) -> Path:
+    from gardo.runtime.report import write_report  # late: --help needs no plots
+
+    out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
+    try:
+        return write_report(runs, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def train(config: Config, resume: ResumePoint | None = None, restart: bool = Fal
         if runtime.is_main:
             write_report([folder.path], folder.report)
         return folder.report
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, MemoryError) as error:
         explained = explain(error, config)
         if explained is None:
             raise

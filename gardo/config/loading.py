@@ -40,6 +40,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config file '{path}' cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"config file '{path}' is not valid YAML: {error}") from None
+    except (ValueError, RecursionError) as error:  # a NUL in the path; brackets without end
+        raise UserError(f"config file '{path}' cannot be read: {error}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -74,7 +76,7 @@ def parse_value(text: str) -> Any:
     """Read a command-line value as YAML does: numbers, true/false, null, lists, else a string."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return text
 
 
@@ -106,8 +108,25 @@ def load_config(
         _merge(data, value)
     config = validate(data)
     name = config.recipe or Path(recipe).stem
-    folder = config.output_dir.replace("{recipe}", name)
+    # it becomes part of paths
+    if name in (".", "..") or not name.isprintable() or set(name) & set("/\\{}"):
+        raise UserError(f"recipe: expected a plain name without a path in it, got {name!r}")
+    folder = _folder("output_dir", config.output_dir.replace("{recipe}", name))
     return config.model_copy(update={"recipe": name, "output_dir": folder})
+
+
+def _folder(key: str, text: str) -> str:
+    """Check the text of a path before anything asks the system for it."""
+    unknown = re.findall(r"\{[^{}]*\}", text)
+    if unknown:
+        raise UserError(f"{key}: expected no placeholder but {{recipe}}, got '{unknown[0]}'")
+    if not text.strip() or not text.isprintable():
+        raise UserError(f"{key}: expected the path of a folder, got {text!r}")
+    try:
+        Path(text).expanduser()
+    except RuntimeError as error:  # of a user that is not there
+        raise UserError(f"{key} '{text}': {str(error)[:1].lower()}{str(error)[1:]}") from None
+    return text
 
 
 def _takes_text(dotted: str) -> bool:
@@ -210,15 +229,26 @@ def _check_keys(data: Mapping[str, Any], model: type[BaseModel] = Config, prefix
         field = model.model_fields.get(str(name))
         if field is None:
             known = [k for k, _ in iter_keys()]
-            near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
-            if not near:  # the right name in the wrong area
-                near = [k for k in known if k.rsplit(".", 1)[-1] == str(name)][:1]
+            near = _nearest(dotted, known)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise UserError(f"unknown key '{dotted}'{hint} (see --help for all keys)")
         if _is_section(field.annotation):
             if not isinstance(value, Mapping):
                 raise UserError(f"{dotted}: expected a section with keys, got {value!r}")
             _check_keys(value, field.annotation, f"{dotted}.")  # type: ignore[arg-type]
+
+
+def _nearest(dotted: str, known: Sequence[str]) -> list[str]:
+    """The key that was meant, or none; the area counts less than the name in it."""
+    name = dotted.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(dotted, known, n=1, cutoff=0.6)
+    if near and difflib.SequenceMatcher(None, name, near[0].rsplit(".", 1)[-1]).ratio() >= 0.5:
+        return near
+    for key in known:  # the right name in the wrong area, or its initials, such as lr
+        last = key.rsplit(".", 1)[-1]
+        if name == last or (name == "".join(w[0] for w in last.split("_")) and len(name) > 1):
+            return [key]
+    return []
 
 
 def _explain(error: ValidationError) -> str:
@@ -234,7 +264,12 @@ def _explain(error: ValidationError) -> str:
         else:
             break
     message = message.replace("Input should be", "expected", 1)
-    return f"{'.'.join(where)}: {message}, got {first.get('input')!r}"
+    return f"{'.'.join(where)}: {message}, got {_without_secrets(repr(first.get('input')))}"
+
+
+def _without_secrets(text: str) -> str:
+    """A text in which the user and password of URLs are not shown."""
+    return re.sub(r"//[^/\s'\"]*@", "//***@", text)
 
 
 def _kind(value: Any) -> str:

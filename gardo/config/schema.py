@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -45,31 +46,33 @@ def _proxy(value: Any) -> Any:
     """One name as it is; several as name -> weight, with weight 1 where none is given."""
     if isinstance(value, str):
         names = _names(value)
-        return value.strip() if len(names) == 1 else _proxy(names)
+        return names[0] if len(names) == 1 else _proxy(names)
     if isinstance(value, list):
         if not all(isinstance(name, str) for name in value) or len(set(value)) != len(value):
             raise ValueError("expected different reward names")
-        return dict.fromkeys(value, 1.0)
+        value = dict.fromkeys(value, 1.0)
     if isinstance(value, Mapping):
         for weight in value.values():
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
             if not number or not math.isfinite(weight) or weight == 0:
                 raise ValueError("expected a weight other than 0 for each reward")
         value = {name: float(weight) for name, weight in value.items()}
-    if not value:
+    if not value or not isinstance(value, dict):
         raise ValueError("expected a reward's name, or names with weights")
     return value
 
 
 def _servers(value: Any) -> Any:
     urls = _names(value)
+    if urls == []:
+        raise ValueError("expected at least one URL")
     for url in urls if isinstance(urls, list) else ():
         parts = urlsplit(url) if isinstance(url, str) else None
         # asking for the port raises ValueError where it is no number
         if parts and (
             parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
         ):
-            raise ValueError(f"expected http://HOST:PORT or https://HOST:PORT, got '{url}'")
+            raise ValueError("expected http://HOST:PORT or https://HOST:PORT")
         if parts and (parts.username or parts.query or parts.fragment):
             raise ValueError("expected URLs without user, query and fragment (for a secret: token)")
     return urls
@@ -98,7 +101,9 @@ def section(model: type[Section], description: str) -> Any:
 class LoraConfig(Section):
     rank: Positive = key(16, "rank of the LoRA matrices")
     alpha: PositiveFloat = key(32.0, "LoRA scale numerator; the scale is alpha / rank")
-    targets: Names | None = key(None, "modules that get LoRA; null: the family's own list")
+    targets: Annotated[Names, Field(min_length=1)] | None = key(
+        None, "modules that get LoRA; null: the family's own list"
+    )
 
 
 class ModelConfig(Section):
@@ -368,7 +373,7 @@ class Config(Section):
     epochs: NonNegative = key(40, "epochs: one rollout and its updates each")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to run")
     precision: Literal["fp32", "fp16", "bf16"] = key("fp32", "of the frozen weights and matmuls")
-    threads: NonNegative = key(0, "CPU threads; 0: torch's default")
+    threads: Annotated[int, Field(ge=0, le=1024)] = key(0, "CPU threads; 0: torch's default")
     model: ModelConfig = section(ModelConfig, "what is fine-tuned")
     prompts: PromptsConfig = section(PromptsConfig, "what is drawn")
     sampling: SamplingConfig = section(SamplingConfig, "how rollouts are made")
@@ -397,10 +402,11 @@ def _contradictions(c: Config) -> Iterator[str]:
     window = c.sampling.sde_window
     if c.sampling.sde_window_range is not None:
         low, high = c.sampling.sde_window_range
-        if not 0 <= low < high or high - low < window:
+        if not 0 <= low < high <= c.sampling.num_steps or high - low < window:
             yield (
-                "sampling.sde_window_range: expected 0 <= first < last that holds the window of "
-                f"{window} steps, got [{low}, {high}]"
+                "sampling.sde_window_range: expected 0 <= first < last <= num_steps "
+                f"({c.sampling.num_steps}) that holds the window of {window} steps, got "
+                f"[{low}, {high}]"
             )
     gate = c.algorithm.gate
     if c.algorithm.kl_coef > 0 and gate.mode in ("paper", "official") and not c.rewards.aux:
@@ -417,6 +423,17 @@ def _contradictions(c: Config) -> Iterator[str]:
         )
     if c.algorithm.diversity and c.rewards.features is None:
         yield "algorithm.diversity: needs rewards.features (what distances are measured in)"
+    for role in ("proxy_weights", "aux", "eval"):
+        names = list(getattr(c.rewards, role))
+        for name in names:
+            # it becomes part of metric names and of servers' URLs
+            if not re.fullmatch(r"(?!\.+$)[\w.:+-]+", name):
+                yield (
+                    f"rewards.{role.split('_')[0]}: expected names of letters, digits and _ . : + "
+                    f"-, got '{name}'"
+                )
+            if names.count(name) > 1:
+                yield f"rewards.{role}: expected different rewards, got '{name}' twice"
     for name in c.rewards.proxy_weights:
         if name in c.rewards.aux:
             yield f"rewards.aux: '{name}' is the proxy and cannot judge itself"

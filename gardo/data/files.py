@@ -74,6 +74,8 @@ def _parse_record(line: str, origin: str) -> Prompt:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"expected a JSON object ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("expected a JSON object, got one that is nested too deeply") from None
     text = record.pop("prompt", None) if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError('expected a JSON object with a non-empty string "prompt"')

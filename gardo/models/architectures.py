@@ -124,7 +124,7 @@ def read_architecture(folder: Path, name: str) -> Architecture:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"model file '{path}' cannot be read: {error}") from None
 
 

@@ -46,6 +46,7 @@ def load_model(config: ModelConfig, device: torch.device, precision: str) -> Flo
             revision=config.revision,
             variant=config.variant,
             local_files_only=Path(path).is_dir(),
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"model.path '{config.path}' cannot be loaded: {error}") from error
@@ -99,7 +100,7 @@ def pipeline_class(path: str, config: ModelConfig) -> str:
         index = _download_index(path, config)
     try:
         return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"model.path '{config.path}': malformed {index.name}: {error}") from None
 
 
@@ -124,7 +125,7 @@ def _download_index(path: str, config: ModelConfig) -> Path:
             f"model.path '{path}': no such folder, and no such repository on the hub that you may "
             "read (for a private one, log in with `hf auth login`)"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
             f"model.path '{path}': no such folder, and the hub cannot be asked for it: {error}"
         ) from None

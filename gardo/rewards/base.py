@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,13 @@ def build_reward(name: str, device: torch.device | str = "cpu", **parameters: An
     if is_scoring_function(factory):
         return FunctionReward(name, factory, parameters)
     try:
+        inspect.signature(factory).bind(device=device)
+    except ValueError:  # some callables of C extensions do not tell
+        pass
+    except TypeError as error:
+        if not parameters:  # which may be what it misses
+            raise UserError(f"reward '{name}': cannot be built: {error}") from None
+    try:
         reward = factory(device=device, **parameters)
     except ValueError as error:
         raise UserError(f"reward '{name}': {error}") from error
@@ -164,7 +172,8 @@ def load_factory(kind: str, name: str, registry: Mapping[str, str]) -> Callable[
     """
     target = registry.get(name, name)
     module_name, colon, attribute = target.partition(":")
-    if not (module_name and colon and attribute):
+    importable = all(part.isidentifier() for part in module_name.split("."))
+    if not (importable and colon and attribute):
         near = difflib.get_close_matches(name, registry, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise UserError(

@@ -122,7 +122,7 @@ class ChatClient:
             )
         try:
             answer = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             answer = None
         if not isinstance(answer, str):
             raise UserError(

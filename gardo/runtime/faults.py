@@ -31,6 +31,12 @@ def explain(error: BaseException, config: Config) -> UserError | None:
     for cause in _causes(error):
         if isinstance(cause, torch.OutOfMemoryError):
             return UserError(_out_of_memory(cause, error, config))
+        if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):
+            return UserError(
+                "out of memory of the machine; try smaller batches (sampling.batch_size is "
+                f"{config.sampling.batch_size}, train.batch_size {config.train.batch_size}), "
+                "a smaller model.lora.rank, or sampling.offload_trajectories false"
+            )
         if isinstance(cause, OSError) and cause.errno in _DISK:
             # a failed write does not say of which file; a refused one may be of another folder
             if cause.errno in _FULL or _is_within(cause.filename, config.output_dir):

@@ -149,7 +149,7 @@ def read_index(path: str | Path) -> list[dict]:
     """
     try:
         entries = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(entries, list):
         raise ValueError(f"{path}: expected a list, got {type(entries).__name__}")

@@ -189,7 +189,7 @@ def _parse(path: Path, text: str, ignore_unfinished: bool) -> list[tuple[int, di
             continue
         try:
             row = json.loads(line, parse_constant=_reject_constant)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             # After split, only text behind the last newline can be the last element.
             if ignore_unfinished and number == len(lines):
                 break

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,12 +28,16 @@ class Runtime:
         from accelerate.utils import DistributedDataParallelKwargs
 
         mixed = {"fp32": "no"}.get(precision, precision)
-        self.accelerator: Any = Accelerator(
-            cpu=resolved == "cpu",
-            mixed_precision=mixed,
-            # buffers are tables that never change; sharing them would make every forward wait
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        check_launch(os.environ)
+        try:
+            self.accelerator: Any = Accelerator(
+                cpu=resolved == "cpu",
+                mixed_precision=mixed,
+                # buffers are tables that never change; sharing them would make every forward wait
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            )
+        except ValueError as error:  # variables such as ACCELERATE_USE_CPU
+            raise UserError(f"accelerate refuses its environment variables: {error}") from error
         self.device: torch.device = self.accelerator.device
         self.stop = StopRequest()
 
@@ -113,6 +118,33 @@ class Runtime:
             name = torch.cuda.get_device_name(self.device)
             return f"{self.world_size} x {name}"
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def check_launch(environment: Mapping[str, str]) -> None:
+    """Whether the variables by which launchers number processes make sense.
+
+    Raises:
+        UserError: one is no number, out of range, or missing where there are several processes.
+    """
+    numbers = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        text = environment.get(name)
+        if text is not None and not text.isdecimal():
+            raise UserError(f"environment variable {name}: expected a whole number, got '{text}'")
+        numbers[name] = None if text is None else int(text)
+    size, rank = numbers["WORLD_SIZE"], numbers["RANK"]
+    if size == 0 or (size is not None and rank is not None and rank >= size):
+        raise UserError(
+            f"environment variables: expected RANK below WORLD_SIZE, got RANK {rank} and "
+            f"WORLD_SIZE {size}"
+        )
+    if size is not None and size > 1:
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not environment.get(name):
+                raise UserError(
+                    f"environment variable {name}: expected a value, because WORLD_SIZE is {size}; "
+                    "start several processes with accelerate launch or torchrun"
+                )
 
 
 def resolve_device(device: str) -> str:

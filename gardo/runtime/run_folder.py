@@ -179,10 +179,13 @@ class RunFolder:
 
 def check_writable(path: Path) -> None:
     """UserError unless ``path`` is a folder, or can be made, and may be written to."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output_dir '{path}': expected a folder, got a file")
-    parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    try:
+        parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    except OSError as error:  # a name too long, a loop of links, a working directory that is gone
+        raise UserError(f"output_dir '{path}': {error.strerror or error}") from None
+    if not parent.is_dir():
+        raise UserError(f"output_dir '{path}': expected a folder, but '{parent}' is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"output_dir '{path}': no permission to write in '{parent}'")
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from gardo import cli
+from gardo.runtime.arguments import Parser
 from gardo.tiny import pipeline_path
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command-line entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
+def main(arguments: Sequence[str]) -> int:
+    """Command-line entry point; returns the exit code. Raises UserError for wrong options."""
+    parser = Parser(
         prog="python -m gardo.tiny.build",
         description="Build the embedded Stable Diffusion 3 pipeline from scratch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -101,4 +102,4 @@ def build(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -7,7 +7,7 @@ import importlib.util
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -144,9 +144,14 @@ def environment() -> list[str]:
     ]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table; 1 if an available backend gives a wrong result."""
-    parser = argparse.ArgumentParser(prog="python -m gardo_kernels", description=__doc__)
+    parser = _Parser(prog="python -m gardo_kernels", description=__doc__)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     name = parser.parse_args(argv).device
     if name == "auto":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import math
 import socket
 import sys
 from collections.abc import Sequence
@@ -12,17 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gardo.rewards.serve.token import TOKEN_VARIABLE, read_token
+from gardo.runtime.arguments import Parser
 from gardo.types import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of ``python -m gardo.rewards.serve``."""
-    options = _Parser(
+    options = Parser(
         prog="python -m gardo.rewards.serve",
         description="Serve rewards over HTTP, for runs with rewards.servers in their recipe.",
         allow_abbrev=False,
@@ -72,10 +69,11 @@ def serve(options: argparse.Namespace) -> None:
         raise UserError(f"--rewards: expected different names, got '{options.rewards}'")
     parameters = _parameters(options.set, names)
     for name in ("max_body_mb", "max_images", "max_side", "max_pending"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')}: expected > 0")
-    if not options.max_wait_ms >= 0:
-        raise UserError(f"--max-wait-ms: expected >= 0, got {options.max_wait_ms}")
+        value = getattr(options, name)
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {value}")
+    if not 0 <= options.max_wait_ms < math.inf:
+        raise UserError(f"--max-wait-ms: expected 0 or more, got {options.max_wait_ms}")
     token = read_token(options.token_env, options.token_file)
     if token is None and not is_loopback(options.host):
         raise UserError(

@@ -206,7 +206,7 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     text = path.read_text(encoding="utf-8")
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
     if tree is None:
         tree = {}
@@ -231,7 +231,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
         return {}
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(summary, dict):
         raise ValueError(f"{path}: expected an object, got {type(summary).__name__}")
