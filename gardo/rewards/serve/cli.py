@@ -71,9 +71,9 @@ def serve(options: argparse.Namespace) -> None:
     for name in ("max_body_mb", "max_images", "max_side", "max_pending"):
         value = getattr(options, name)
         if not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')}: expected a number above 0, got {value}")
+            raise UserError(f"--{name.replace('_', '-')}: expected > 0, got {value}")
     if not 0 <= options.max_wait_ms < math.inf:
-        raise UserError(f"--max-wait-ms: expected 0 or more, got {options.max_wait_ms}")
+        raise UserError(f"--max-wait-ms: expected >= 0, got {options.max_wait_ms}")
     token = read_token(options.token_env, options.token_file)
     if token is None and not is_loopback(options.host):
         raise UserError(
