@@ -297,7 +297,8 @@ def _is_entry(name: str, entry: Any) -> bool:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+    # a state may hold NaN, which Python reads back; it is no reason to lose it
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def _parse(path: Path, name: str, data: bytes) -> dict[str, Any]:

@@ -164,7 +164,7 @@ class Keeper:
                 f"stopped by {request} after {done} of {self.config.epochs} epochs, saved in "
                 f"'{path}'; continue with: python -m gardo.train --resume {self.folder.path}"
             ) from None
-        except (UserError, torch.OutOfMemoryError):
+        except (UserError, torch.OutOfMemoryError, MemoryError):
             try:
                 path = self._save_or_explain()
             except UserError as error:  # what ended the run is still the message

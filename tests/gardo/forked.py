@@ -23,6 +23,7 @@ SMALLEST = {
     "prompts.group_size": 2,
     "sampling.num_steps": 2,
     "sampling.sde_window": 0,
+    "sampling.sde_window_range": "null",
     "sampling.batch_size": 2,
     "train.batch_size": 1,
     "train.timestep_fraction": 0.5,
