@@ -31,8 +31,9 @@ bench:  ## benchmarks on this machine
 test-gpu:  ## the tests that need a CUDA device
 	$(PYTHON) -m pytest -m gpu
 
-bench-gpu:  ## the benchmarks that need a CUDA device
-	$(PYTHON) -m pytest benchmarks --benchmark-only -m gpu
+bench-gpu:  ## a whole epoch and the kernels on a CUDA device
+	$(PYTHON) -m benchmarks.epoch --model sd35-medium --random-weights --baseline --device cuda
+	$(PYTHON) -m pytest benchmarks --benchmark-only
 
 aot:  ## compiles every Triton kernel for sm_80, sm_90 and sm_100; needs no GPU
 	$(PYTHON) -m gardo_kernels.aot

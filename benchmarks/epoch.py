@@ -129,7 +129,7 @@ def as_text(result: dict[str, Any]) -> str:
         f"{r['samples']} samples ({r['prompts']} prompts x {r['group_size']}), {r['resolution']} "
         f"px, {r['num_steps']} steps of which {r['trained_steps']} are trained, batch "
         f"{r['batch_size']}, guidance {r['guidance_scale']:g}, {r['updates']} updates, "
-        f"{r['gated_share']:.1%} gated",
+        f"{r['gated_share']:.1%} gated; epochs timed: {r['repeats']}",
         f"ours: CUDA graph {_on(r['cuda_graph'])}, compile {_on(r['compile'])}, attention "
         f"{r['attention_backend'] or 'default'}; prompts encoded once per run in "
         f"{r['encode_once_seconds']:.2f} s, not part of an epoch",
@@ -175,9 +175,9 @@ def _sampling_table(r: dict[str, Any]) -> list[str]:
     if r["device"] == "cpu":
         lines += [
             "",
-            "On a CPU sampling alone is timed eagerly: graphs and attention kernels need a a",
+            "On a CPU sampling alone is timed eagerly: graphs and attention kernels need a GPU,",
+            "and compiled blocks are compared there.",
         ]
-        lines += ["GPU, and compiled blocks are compared there."]
     return lines
 
 
