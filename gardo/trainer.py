@@ -281,7 +281,8 @@ class Trainer:
 
     def load_state(self, state: TrainingState) -> None:
         """Load what `state_values` and `state_tensors` returned; ValueError if it does not fit."""
-        state.check_groups(self.state_tensors())
+        average = [] if self.ema is None else ["ema"]
+        state.check_groups([*self.adapters.names, *average, "optimizer"])
         for name in self.adapters.names:
             self.adapters.load_state_dict(name, state.tensors[name])
         if self.ema is not None:
