@@ -46,6 +46,8 @@ def train(config: Config, resume: ResumePoint | None = None, restart: bool = Fal
 
     if resume is None:
         RunFolder.check(config, replace=restart)
+    from safetensors import SafetensorError
+
     from gardo.runtime.faults import explain
     from gardo.runtime.process import Runtime
     from gardo.runtime.report import write_report
@@ -63,7 +65,7 @@ def train(config: Config, resume: ResumePoint | None = None, restart: bool = Fal
         if runtime.is_main:
             write_report([folder.path], folder.report)
         return folder.report
-    except (OSError, RuntimeError, MemoryError) as error:
+    except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         explained = explain(error, config)
         if explained is None:
             raise

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from gardo.config import Config
 from gardo.types import UserError
@@ -37,6 +39,10 @@ def explain(error: BaseException, config: Config) -> UserError | None:
                 f"{config.sampling.batch_size}, train.batch_size {config.train.batch_size}), "
                 "a smaller model.lora.rank, or sampling.offload_trajectories false"
             )
+        if isinstance(cause, SafetensorError):  # tells the number of the system's error in words
+            number = re.search(r"\(os error (\d+)\)", str(cause))
+            if number:
+                cause = OSError(int(number[1]), str(cause))
         if isinstance(cause, OSError) and cause.errno in _DISK:
             # a failed write does not say of which file; a refused one may be of another folder
             if cause.errno in _FULL or _is_within(cause.filename, config.output_dir):
