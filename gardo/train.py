@@ -43,7 +43,9 @@ def train(config: Config, resume: ResumePoint | None = None, restart: bool = Fal
     """
     # imported late: --help and configuration errors need no torch
     from gardo.runtime.run_folder import RunFolder
+    from gardo.runtime.trackers import check_trackers
 
+    check_trackers(config.trackers)
     if resume is None:
         RunFolder.check(config, replace=restart)
     from safetensors import SafetensorError

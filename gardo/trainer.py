@@ -26,7 +26,7 @@ from gardo.rewards.scoring import RewardSet, ScoreBook
 from gardo.runtime.checkpoint import TrainingState
 from gardo.runtime.images import image_grid, save_grid
 from gardo.runtime.keeper import Keeper
-from gardo.runtime.metrics import read_metrics
+from gardo.runtime.metrics import EVALUATION, read_metrics
 from gardo.runtime.model_card import write_model_card
 from gardo.runtime.process import Runtime
 from gardo.runtime.progress import EpochProgress
@@ -34,6 +34,7 @@ from gardo.runtime.resume import ResumePoint
 from gardo.runtime.rng import derive_seed, seed_everything
 from gardo.runtime.run_folder import RunFolder, peak_memory_bytes
 from gardo.runtime.state_tensors import pack_optimizer, to_host, unpack_optimizer
+from gardo.runtime.trackers import Trackers
 from gardo.sampling.graph import GraphedTrajectories, use_graphs
 from gardo.sampling.plan import plan_epoch
 from gardo.sampling.rollout import Rollout, Sampler
@@ -113,6 +114,7 @@ class Trainer:
             ) as self.progress,
             folder.metrics() as metrics,
             folder.evaluations() as self.evaluations,
+            Trackers(config, folder, start, self.progress.write) as self.trackers,
         ):
             self.keeper = Keeper(
                 config,
@@ -129,6 +131,7 @@ class Trainer:
                     row = {"epoch": epoch, **self.run_epoch(epoch)}
                     row = self.progress.finish_epoch(epoch, row)
                     metrics.write(row)
+                    self.trackers.log(row)
                     self.finish_epoch(folder, epoch + 1, row)
                 with self.progress.stage("save"):
                     self.export(folder)
@@ -304,6 +307,7 @@ class Trainer:
             result = self.evaluator()
             row = {"epoch": epoch, "name": name, "weights": "live", **result.metrics}
             self.evaluations.write({**row, "time/evaluate": time.perf_counter() - started})
+            self.trackers.log(row, EVALUATION)
             if len(result.images) and folder.is_main:
                 columns = max(1, round(len(result.images) ** 0.5 * 1.3))
                 grid = image_grid(result.images, result.captions, columns)

@@ -81,6 +81,7 @@ def _servers(value: Any) -> Any:
 Names = Annotated[list[str], BeforeValidator(_names)]
 Servers = Annotated[list[str], BeforeValidator(_servers), Field(min_length=1)]
 Proxy = Annotated[str | dict[str, float], BeforeValidator(_proxy)]
+Trackers = Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_names)]
 ClipRange = Annotated[float | tuple[float, float], BeforeValidator(_clip_range)]
 
 
@@ -374,6 +375,9 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where to run")
     precision: Literal["fp32", "fp16", "bf16"] = key("fp32", "of the frozen weights and matmuls")
     threads: Annotated[int, Field(ge=0, le=1024)] = key(0, "CPU threads; 0: torch's default")
+    trackers: Trackers = key(
+        [], "tensorboard, wandb: where metrics go beside metrics.jsonl (offline, see WANDB_MODE)"
+    )
     model: ModelConfig = section(ModelConfig, "what is fine-tuned")
     prompts: PromptsConfig = section(PromptsConfig, "what is drawn")
     sampling: SamplingConfig = section(SamplingConfig, "how rollouts are made")

@@ -15,14 +15,11 @@ from torch import Tensor
 from gardo.config import Config, to_yaml
 from gardo.runtime.checkpoint import CheckpointFolder, TrainingState
 from gardo.runtime.faults import explain
-from gardo.runtime.metrics import MetricsWriter
+from gardo.runtime.metrics import EVALUATION, MetricsWriter
 from gardo.runtime.process import Runtime
 from gardo.runtime.run_folder import RunFolder
 from gardo.runtime.signals import Stopped, StopRequested
 from gardo.types import UserError
-
-EVALUATION = "evaluation/"
-"""Prefix of a metric of ``evaluation.jsonl``."""
 
 Tensors = dict[str, dict[str, Tensor]]
 

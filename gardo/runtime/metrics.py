@@ -17,6 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+EVALUATION = "evaluation/"
+"""Prefix of a metric of ``evaluation.jsonl`` where it stands beside those of ``metrics.jsonl``."""
+
 
 def write_atomic(path: str | Path, data: bytes) -> Path:
     """Write `data` to `path` so that a reader sees the old content or the new one, never a part.

@@ -13,7 +13,7 @@ from gardo.runtime.run_folder import check_writable
 from gardo.types import UserError
 
 FREE = (
-    *("recipe", "output_dir", "overwrite", "epochs", "model.embedding_cache"),
+    *("recipe", "output_dir", "overwrite", "epochs", "trackers", "model.embedding_cache"),
     *("evaluation.every", "evaluation.grid_images", "checkpoint."),
     *("sampling.max_ratio_deviation", "rewards.servers", "rewards.client.", "rewards.max_missing"),
 )
