@@ -11,7 +11,7 @@ install:  ## editable install with everything that the tests and the linters nee
 	$(PYTHON) -m pip install -c constraints.txt -e '.[test,lint]'
 
 test:  ## all tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto
 
 lint:  ## what CI checks without running anything
 	ruff check .

@@ -12,7 +12,7 @@ from gardo.sampling.plan import batches, padded_rows, plan_epoch
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-@pytest.mark.parametrize(("prompts", "group", "updates"), [(8, 16, 2), (3, 5, 4), (1, 2, 1)])
+@pytest.mark.parametrize(("prompts", "group", "updates"), [(8, 16, 2), (3, 7, 4), (1, 5, 1)])
 def test_updates_train_the_same_samples_on_any_number_of_processes(
     prompts, group, updates, world_size
 ):
