@@ -79,4 +79,8 @@ def _parse_record(line: str, origin: str) -> Prompt:
     text = record.pop("prompt", None) if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError('expected a JSON object with a non-empty string "prompt"')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"prompt: expected Unicode text, got {text!a}") from None
     return Prompt(text.strip(), record, origin=origin)

@@ -120,18 +120,24 @@ class Runtime:
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
+_FLAGS = ("1", "0", "true", "false", "yes", "no", "on", "off", "y", "n", "t", "f")
+
+
 def check_launch(environment: Mapping[str, str]) -> None:
-    """Whether the variables by which launchers number processes make sense.
+    """Whether the variables by which launchers tell a process its part make sense.
 
     Raises:
-        UserError: one is no number, out of range, or missing where there are several processes.
+        UserError: one is no number or flag, out of range, or missing for several processes.
     """
+    for name, text in environment.items():
+        if name.startswith("ACCELERATE_USE_") and text.lower() not in _FLAGS:
+            raise UserError(f"environment variable {name}: expected true or false, got '{text}'")
     numbers = {}
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        text = environment.get(name)
-        if text is not None and not text.isdecimal():
-            raise UserError(f"environment variable {name}: expected a whole number, got '{text}'")
-        numbers[name] = None if text is None else int(text)
+        number = environment.get(name)
+        if number is not None and not number.isdecimal():
+            raise UserError(f"environment variable {name}: expected a whole number, got '{number}'")
+        numbers[name] = None if number is None else int(number)
     size, rank = numbers["WORLD_SIZE"], numbers["RANK"]
     if size == 0 or (size is not None and rank is not None and rank >= size):
         raise UserError(

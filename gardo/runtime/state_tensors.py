@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_ADAM = frozenset(("step", "exp_avg", "exp_avg_sq"))
+"""What Adam and AdamW keep of each parameter."""
+
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors in host memory; those that are there already are not copied again."""
@@ -18,7 +21,7 @@ def pack_optimizer(optimizer: Any, names: Sequence[str]) -> dict[str, Tensor]:
     """The optimizer's state as ``<parameter>/<key>`` -> tensor, copied to the host.
 
     Args:
-        optimizer: a torch optimizer whose state has tensors alone, or accelerate's wrapper.
+        optimizer: torch's Adam or AdamW, or accelerate's wrapper of one.
         names: of its parameters, in their order. Parameters without a state are left out.
     """
     state = optimizer.state_dict()["state"]
@@ -50,10 +53,10 @@ def unpack_optimizer(optimizer: Any, names: Sequence[str], packed: Mapping[str, 
             )
         state.setdefault(index, {})[key] = value
     keys = {frozenset(entries) for entries in state.values()}
-    if state and (len(state) != len(names) or len(keys) != 1):
+    if state and (len(state) != len(names) or keys != {_ADAM}):
         raise ValueError(
-            f"optimizer: expected the same tensors for each of {len(names)} parameters, got "
-            f"{len(packed)} tensors for {len(state)} parameters"
+            f"optimizer: expected {', '.join(sorted(_ADAM))} for each of {len(names)} parameters, "
+            f"got {len(packed)} tensors for {len(state)} parameters"
         )
     if state and not all(torch.is_floating_point(t) for t in packed.values()):
         raise ValueError("optimizer: expected floating point tensors")
