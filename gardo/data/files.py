@@ -18,6 +18,8 @@ def read_prompts(path: Path, split: str) -> list[Prompt]:
     """
     if not path.is_dir():
         return read_prompt_file(path)
+    if Path(split).name != split:  # it becomes part of a file's name
+        raise UserError(f"prompts.split: expected a plain name such as train, got '{split}'")
     candidates = [path / f"{split}_metadata.jsonl", path / f"{split}.txt"]
     for candidate in candidates:
         if candidate.exists():

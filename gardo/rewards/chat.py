@@ -55,6 +55,8 @@ class ChatClient:
             ) from None
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url: expected http:// or https://, got {url!r}")
+        if "@" in url.split("/")[2]:
+            raise ValueError("url: expected no user and password in it (for a key: api_key_env)")
         if not timeout > 0:
             raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
         if retries < 0:
@@ -62,6 +64,12 @@ class ChatClient:
         key = os.environ.get(api_key_env) if api_key_env else None
         if api_key_env and not key:
             raise UserError(f"reward '{reward}': the environment variable {api_key_env} is not set")
+        if key and not all("!" <= c <= "~" for c in key):  # never shown: only what is wrong with it
+            raise UserError(
+                f"reward '{reward}': expected one word of printable ASCII characters in the "
+                f"environment variable {api_key_env}"
+            )
+        self._key = key
         self.reward, self.model, self.retries = reward, model, retries
         self.first_pause = first_pause
         self.url = url.rstrip("/") + "/chat/completions"
@@ -118,7 +126,7 @@ class ChatClient:
         if response.status_code != 200:
             raise UserError(
                 f"reward '{self.reward}': {self.url} refuses with status {response.status_code}: "
-                f"{response.text[:300]}"
+                f"{self._shown(response.text)}"
             )
         try:
             answer = response.json()["choices"][0]["message"]["content"]
@@ -127,9 +135,13 @@ class ChatClient:
         if not isinstance(answer, str):
             raise UserError(
                 f"reward '{self.reward}': expected a chat completion from {self.url}, got "
-                f"{response.text[:300]!r}"
+                f"{self._shown(response.text)!r}"
             )
         return answer, ""
+
+    def _shown(self, text: str) -> str:
+        """The beginning of an answer, without the key, which an endpoint may repeat."""
+        return (text.replace(self._key, "***") if self._key else text)[:300]
 
 
 def encode_png(pixels: Tensor) -> bytes:

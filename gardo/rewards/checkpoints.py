@@ -231,7 +231,7 @@ def load_weights(file: Path) -> dict[str, Any]:
     Raises:
         UserError: not such a file, or one that holds more than tensors and plain containers.
     """
-    import pickle
+    from pickle import UnpicklingError
 
     from safetensors import SafetensorError
     from safetensors.torch import load_file as load_safetensors
@@ -241,7 +241,7 @@ def load_weights(file: Path) -> dict[str, Any]:
             state: Any = load_safetensors(file)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except (OSError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"'{file}' cannot be read as weights: {reason}") from None
     if not isinstance(state, dict):

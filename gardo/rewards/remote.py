@@ -75,7 +75,7 @@ class RemoteReward(Reward):
         self.name = name
         self._servers = [server.rstrip("/") for server in servers]
         self._config = config
-        token = read_token(config.token_env, config.token_file)
+        self._token = token = read_token(config.token_env, config.token_file)
         self._client = httpx.Client(
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(config.timeout, connect=config.connect_timeout),
@@ -241,12 +241,18 @@ class RemoteReward(Reward):
             answer = {}
         if status == 200:
             return answer
-        text = f"status {status}: {answer.get('error', response.reason_phrase)}"
+        text = self._shown(f"status {status}: {answer.get('error', response.reason_phrase)}")
         if status in _PASSING:
             raise _Passing(text)
         if status >= 500:
             raise _CannotScore(text)
         raise UserError(f"reward '{self.name}': {server} refuses with {text}")
+
+    def _shown(self, text: str) -> str:
+        """A server's words: one line, not too long, without the token, which it may repeat."""
+        if self._token:
+            text = text.replace(self._token, "***")
+        return "".join(c if c.isprintable() else " " for c in text)[:500]
 
     # --- the first contact
 
