@@ -395,3 +395,14 @@ def test_a_process_ends_with_one_line_and_code_2(module, tmp_path):
     assert message in ended.stderr
     assert ended.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_permission(tmp_path, monkeypatch, capfd):
+    # asked for rather than tried: root may write everywhere
+    monkeypatch.setattr("gardo.runtime.run_folder.os.access", lambda path, mode: False)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(train("--output_dir=new/run"), monkeypatch, capfd)
+    assert (code, out) == (2, "")
+    message = f"error: output_dir 'new/run': no permission to write in '{tmp_path}'\n"
+    assert err == message
+    assert list(tmp_path.iterdir()) == []

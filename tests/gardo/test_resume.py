@@ -343,7 +343,7 @@ CHECKPOINT = "checkpoints/epoch_0003"
         (None, {"overwrite": "true"}, "--resume: goes on with a run, which --overwrite"),
         (None, {"checkpoint__keep_best": "evaluation/x"}, "checkpoint.keep_best: 'evaluation/x'"),
         (reshape, {}, "adapter 'policy': 'transformer_blocks.0."),
-        (drop_tensor, {}, "optimizer: expected the same tensors for each of"),
+        (drop_tensor, {}, "optimizer: expected exp_avg, exp_avg_sq, step for each of"),
         (drop_group, {}, "expected tensors of ema, optimizer, policy, reference, got those of"),
         (
             lambda path: edit(path, "manifest.json", lambda m: m.update(version=2)),
