@@ -66,6 +66,7 @@ def train(config: Config, resume: ResumePoint | None = None, restart: bool = Fal
             trainer.train(folder)
         if runtime.is_main:
             write_report([folder.path], folder.report)
+        runtime.close()
         return folder.report
     except (OSError, RuntimeError, MemoryError, SafetensorError) as error:
         explained = explain(error, config)

@@ -112,6 +112,12 @@ class Runtime:
         """Maximum over processes."""
         return self.accelerator.gather(value.reshape(1)).max() if self.world_size > 1 else value
 
+    def close(self) -> None:
+        """Leave the group of processes; without it a thread of the group may outlive the run."""
+        if self.world_size > 1:
+            self.accelerator.wait_for_everyone()
+            self.accelerator.state.destroy_process_group()
+
     def hardware(self) -> str:
         """In words, for reports."""
         if self.device.type == "cuda":

@@ -38,6 +38,7 @@ def main(output: str) -> None:
     if runtime.is_main:
         per_update = torch.tensor(shaped.gated_per_update)
         save_file({"advantage": advantage, "gate": gate, "per_update": per_update}, output)
+    runtime.close()
 
 
 if __name__ == "__main__":
