@@ -14,12 +14,14 @@ SIZES = {
     "SD3.5 512 B9": (9, 16, 64, 64),
     "SD3.5 1024 B9": (9, 16, 128, 128),
     "SD3.5 512 B64": (64, 16, 64, 64),
+    "SD3.5 1024 B64": (64, 16, 128, 128),
     "Flux 1024 B9": (9, 4096, 64),
+    "Flux 1024 B64": (64, 4096, 64),
 }
 if DEVICE == "cuda":
     SIZES["256 MiB"] = (64, 16, 256, 256)
-# Compiling takes the CPU about half a minute each: there, only the size that targets are set for.
-COMPILED = list(SIZES) if DEVICE == "cuda" else ["SD3.5 1024 B9"]
+# compiling takes the CPU about half a minute each
+COMPILED = list(SIZES) if DEVICE == "cuda" else ["SD3.5 1024 B9", "SD3.5 1024 B64"]
 VARIANTS = [(size, how) for size in SIZES for how in ("eager", "ours")]
 VARIANTS += [(size, "compiled") for size in COMPILED]
 GUIDANCE = 4.5

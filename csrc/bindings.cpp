@@ -200,6 +200,15 @@ void nearest_neighbor(const py::kwargs& kwargs) {
   gardo::nearest_neighbor_cpu(p);
 }
 
+int64_t largest_group(const py::kwargs& kwargs) {
+  const Args args(kwargs);
+  const auto num_samples = args.value<int64_t>("num_samples");
+  if (num_samples < 0) refuse("num_samples", "expected >= 0");
+  const auto* group_ids = args.array<const int64_t>("group_ids", num_samples > 0);
+  const py::gil_scoped_release released;
+  return gardo::largest_group(group_ids, num_samples);
+}
+
 gardo::SdeCoefficients coefficients(const Args& args, bool any, bool with_c, bool with_density) {
   gardo::SdeCoefficients coef{};
   coef.a = args.scalar("a", any);
@@ -372,6 +381,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("win_rate", &win_rate);
   m.def("nearest_neighbor", &nearest_neighbor);
+  m.def("largest_group", &largest_group);
   m.def("sde_step", &sde_step);
   m.def("sde_log_prob", &sde_log_prob);
   m.def("affine_backward", &affine_backward);

@@ -30,6 +30,8 @@ constexpr int64_t kPrefetchRows = 32;
 constexpr double kTinySquares = 1e-20, kHugeSquares = 1e30;
 // 1 - cosine cancels below this; the squared difference of the unit rows does not.
 constexpr float kNear = 1.0f / 16;
+// The inverse length of what is no one's neighbour: no comparison with NaN holds.
+constexpr float kNoSimilarity = std::numeric_limits<float>::quiet_NaN();
 
 enum class RowKind : std::uint8_t { kUsable, kZero, kNonFinite };
 
@@ -78,11 +80,12 @@ class Group {
     members_ = members;
     size_ = size;
     const auto n = static_cast<std::size_t>(size);
-    rows_.resize(n + kTileRows + kTileCols);
-    inverse_.resize(n);
+    const std::size_t padded = n + kTileRows + kTileCols;
+    rows_.resize(padded);
+    inverse_.resize(padded);
     kind_.resize(n);
-    best_.assign(n, -std::numeric_limits<float>::infinity());
-    nearest_.assign(n, -1);
+    best_.assign(padded, -std::numeric_limits<float>::infinity());
+    nearest_.assign(padded, -1);
   }
 
   // Asks for a sample's features ahead of their use: the rows of a group lie anywhere in memory,
@@ -110,26 +113,34 @@ class Group {
     if (squares > kTinySquares && squares < kHugeSquares) return;
     if (in_place) copy_row(base, copy);
     rows_[i] = copy;
-    inverse_[i] = 1.0f;
     kind_[i] = normalize_extreme_row(copy);
+    inverse_[i] = kind_[i] == RowKind::kNonFinite ? kNoSimilarity : 1.0f;
   }
 
-  // After all rows: tiles may reach beyond the last one, where their results are not used.
-  void finish_rows() { std::fill(rows_.begin() + size_, rows_.end(), rows_[0]); }
+  // After all rows: tiles may reach beyond the last one, where nothing is similar to anything.
+  void finish_rows() {
+    std::fill(rows_.begin() + size_, rows_.end(), rows_[0]);
+    std::fill(inverse_.begin() + size_, inverse_.end(), kNoSimilarity);
+  }
 
   // Offers the members of a tile to each other: both ways, each pair once (`mutual`), or the
   // columns to the rows alone, so that threads can share out the rows.
   void visit_tile(int64_t first, int64_t col, bool mutual) {
     float products[kTileRows * kTileCols];
     tile_products(rows_.data() + first, rows_.data() + col, stride_, products);
-    for (int64_t i = first; i < std::min(first + kTileRows, size_); ++i) {
-      for (int64_t j = col; j < std::min(col + kTileCols, size_); ++j) {
-        if (j == i || (mutual && j < i)) continue;
-        const float product = products[(i - first) * kTileCols + j - col];
-        const float similarity = product * inverse_[i] * inverse_[j];
-        offer(i, j, similarity);
-        if (mutual) offer(j, i, similarity);
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      for (int64_t j = 0; j < kTileCols; ++j) {
+        float& similarity = products[i * kTileCols + j];
+        similarity *= inverse_[first + i] * inverse_[col + j];
+        if (first + i == col + j) similarity = -std::numeric_limits<float>::infinity();
       }
+    }
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      offer_best<kTileCols>(first + i, col, products + i * kTileCols, 1);
+    }
+    if (!mutual) return;
+    for (int64_t j = 0; j < kTileCols; ++j) {
+      offer_best<kTileRows>(col + j, first, products + j, kTileCols);
     }
   }
 
@@ -171,10 +182,18 @@ class Group {
     return RowKind::kUsable;
   }
 
-  void offer(int64_t i, int64_t candidate, float similarity) {
-    if (kind_[candidate] == RowKind::kNonFinite || !(similarity > best_[i])) return;
-    best_[i] = similarity;
-    nearest_[i] = candidate;
+  // Offers kCount consecutive candidates to member i. Those without a similarity (NaN) lose.
+  template <int64_t kCount>
+  void offer_best(int64_t i, int64_t first, const float* similarity, int64_t stride) {
+    float best = best_[i];
+    int64_t nearest = nearest_[i];
+    for (int64_t k = 0; k < kCount; ++k) {
+      const bool nearer = similarity[k * stride] > best;
+      best = nearer ? similarity[k * stride] : best;
+      nearest = nearer ? first + k : nearest;
+    }
+    best_[i] = best;
+    nearest_[i] = nearest;
   }
 
   float distance(int64_t i) const {
@@ -198,7 +217,7 @@ class Group {
   const int64_t* members_ = nullptr;
   int64_t size_ = 0;
   std::vector<const float*> rows_;
-  std::vector<float> inverse_;
+  std::vector<float> inverse_;  // inverse lengths
   std::vector<RowKind> kind_;
   std::vector<float> best_;
   std::vector<int64_t> nearest_;
@@ -237,6 +256,15 @@ void nearest_of_large_group(Group& group, int num_threads) {
 }
 
 }  // namespace
+
+int64_t largest_group(const int64_t* group_ids, int64_t num_samples) {
+  const Groups groups = sort_groups(group_ids, num_samples);
+  int64_t largest = 0;
+  for (int64_t g = 0; g < groups.count(); ++g) {
+    largest = std::max(largest, groups.start[g + 1] - groups.start[g]);
+  }
+  return largest;
+}
 
 void nearest_neighbor_cpu(const NearestNeighborParams& p) {
   const Groups groups = sort_groups(p.groups, p.num_samples);

@@ -7,8 +7,9 @@ namespace {
 
 using std::int64_t;
 
-constexpr int kDigits = 8;          // of 8 bits each
-constexpr int kValues = 256;        // of one digit
+constexpr int kKeyBits = 64;
+constexpr int kDigitBits = 8;
+constexpr int kValues = 1 << kDigitBits;
 constexpr int64_t kFewItems = 256;  // below this, comparing is faster than counting
 
 }  // namespace
@@ -26,24 +27,17 @@ void stable_sort_by_key(Keyed* items, Keyed* scratch, int64_t n) {
     return;
   }
   if (std::is_sorted(items, items + n, by_key)) return;
-  int64_t counts[kDigits][kValues] = {};
-  for (int64_t i = 0; i < n; ++i) {
-    for (int digit = 0; digit < kDigits; ++digit) {
-      ++counts[digit][(items[i].key >> (8 * digit)) & 0xff];
-    }
-  }
+  std::uint64_t differing = 0;
+  for (int64_t i = 0; i < n; ++i) differing |= items[i].key ^ items[0].key;
   Keyed* from = items;
   Keyed* to = scratch;
-  for (int digit = 0; digit < kDigits; ++digit) {
-    const int shift = 8 * digit;
-    if (counts[digit][(from[0].key >> shift) & 0xff] == n) continue;  // all keys agree here
-    int64_t start[kValues];
-    int64_t sum = 0;
-    for (int value = 0; value < kValues; ++value) {
-      start[value] = sum;
-      sum += counts[digit][value];
-    }
-    for (int64_t i = 0; i < n; ++i) to[start[(from[i].key >> shift) & 0xff]++] = from[i];
+  for (int shift = 0; shift < kKeyBits; shift += kDigitBits) {
+    const auto digit = [shift](const Keyed& item) { return (item.key >> shift) & (kValues - 1); };
+    if (((differing >> shift) & (kValues - 1)) == 0) continue;  // all keys agree here
+    int64_t start[kValues + 1] = {};
+    for (int64_t i = 0; i < n; ++i) ++start[digit(from[i]) + 1];
+    for (int value = 0; value < kValues; ++value) start[value + 1] += start[value];
+    for (int64_t i = 0; i < n; ++i) to[start[digit(from[i])]++] = from[i];
     std::swap(from, to);
   }
   if (from != items) std::copy(from, from + n, items);

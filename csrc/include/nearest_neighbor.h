@@ -18,4 +18,7 @@ struct NearestNeighborParams {
 // Identical rows are at distance exactly 0. Workspace: the features of num_threads groups.
 void nearest_neighbor_cpu(const NearestNeighborParams& params);
 
+// Number of members of the largest group; 0 without samples.
+std::int64_t largest_group(const std::int64_t* group_ids, std::int64_t num_samples);
+
 }  // namespace gardo

@@ -32,6 +32,7 @@ from gardo_kernels._native_latents import (
 )
 from gardo_kernels._native_rewards import (
     NativeShapedRewards,
+    largest_group,
     nearest_neighbor_distance,
     shape_rewards,
     win_rate,
@@ -49,6 +50,7 @@ __all__ = [
     "has_cuda",
     "has_openmp",
     "is_available",
+    "largest_group",
     "nearest_neighbor_distance",
     "nft_backward",
     "nft_loss",

@@ -175,3 +175,11 @@ def nearest_neighbor_distance(features: Tensor, group_ids: Tensor) -> Tensor:
         distance=distance.data_ptr(),
     )
     return distance
+
+
+def largest_group(group_ids: Tensor) -> int:
+    """Number of members of the largest group of ``group_ids``, ``[N]`` int64 on the CPU."""
+    ids, samples = group_ids.contiguous(), group_ids.shape[0]
+    return require_core().largest_group(
+        group_ids=array("group_ids", ids, torch.int64, (samples,)), num_samples=samples
+    )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gardo_kernels as gk
+from gardo_kernels import _native
 
 HAS_FAISS = importlib.util.find_spec("faiss") is not None
 FAISS = pytest.param(
@@ -113,6 +114,15 @@ def test_faiss_takes_over_at_large_groups(rng, monkeypatch):
         expected = gk.nearest_neighbor_distance(features, ids, backend="reference")
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
     assert called == [1100]
+
+
+def test_largest_group_in_the_core(rng):
+    ids = torch.randint(-5, 5, (3000,), generator=rng) * 2**40
+    counts = ids.unique(return_counts=True)[1]
+    assert _native.largest_group(ids) == int(counts.max())
+    assert _native.largest_group(ids[::7]) == int(ids[::7].unique(return_counts=True)[1].max())
+    assert _native.largest_group(ids[:0]) == 0
+    assert _native.largest_group(ids[:1]) == 1
 
 
 @pytest.mark.skipif(HAS_FAISS, reason="faiss is installed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gardo_kernels import _backends, _checks
+from gardo_kernels import _backends, _checks, _native
 from gardo_kernels._operators import kernels, operator
 from gardo_kernels.ops.nearest_neighbor import faiss
 
@@ -25,15 +25,10 @@ _BY_GROUP_SIZE = "native or faiss"
 _FAISS_FROM = 1024
 
 
-def _largest_group(group_ids: Tensor) -> int:
-    if len(group_ids) < _FAISS_FROM:
-        return len(group_ids)
-    return int(group_ids.unique(return_counts=True)[1].max())
-
-
 def _kernel(features: Tensor, group_ids: Tensor, backend: str) -> Tensor:
     if backend == _BY_GROUP_SIZE:
-        backend = "faiss" if _largest_group(group_ids) >= _FAISS_FROM else "native"
+        large = len(group_ids) >= _FAISS_FROM and _native.largest_group(group_ids) >= _FAISS_FROM
+        backend = "faiss" if large else "native"
     run = kernels("nearest_neighbor", backend)
     return run.nearest_neighbor_distance(features, group_ids).to(_checks.compute_dtype(features))
 
