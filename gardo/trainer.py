@@ -12,6 +12,7 @@ from gardo.algorithms.adaptive_reference import AdaptiveReference
 from gardo.algorithms.ema import EMA
 from gardo.algorithms.grpo import GRPO
 from gardo.algorithms.nft import NFT
+from gardo.algorithms.guard import GuardedUpdates
 from gardo.algorithms.parity import check_parity, ratio_deviation
 from gardo.algorithms.shaping import Shaper
 from gardo.algorithms.update import Algorithm, UpdateStats
@@ -25,6 +26,7 @@ from gardo.rewards.overlap import ScoringWorker
 from gardo.rewards.scoring import RewardSet, ScoreBook
 from gardo.runtime.checkpoint import TrainingState
 from gardo.runtime.images import image_grid, save_grid
+from gardo.runtime.health import Health
 from gardo.runtime.keeper import Keeper
 from gardo.runtime.metrics import EVALUATION, read_metrics
 from gardo.runtime.model_card import write_model_card
@@ -99,6 +101,8 @@ class Trainer:
         self.adaptive_reference = AdaptiveReference(config.algorithm.reference)
         self.evaluator = HeldOutEvaluator(
             config, self.model, self.embeddings, self.rewards, prompts, self.resolution, self.graphs
+        self.health = Health(config.health, runtime)
+        self.guarded_update = GuardedUpdates(self.algorithm, self.health)
         )
 
     def train(self, folder: RunFolder) -> None:
@@ -126,6 +130,7 @@ class Trainer:
                 self.progress.write,
             )
             with self.keeper.rescue():
+            self.health.attach(folder.path, self.progress.write)
                 self.finish_epoch(folder, start, {})
                 for epoch in range(start, config.epochs):
                     row = {"epoch": epoch, **self.run_epoch(epoch)}
@@ -151,6 +156,7 @@ class Trainer:
     def run_epoch(self, epoch: int) -> dict[str, Any]:
         """One rollout and its updates; returns the epoch's metrics."""
         config, stage = self.config, self.progress.stage
+        self.health.stop_if_alarmed()
         seed_everything(config.seed, "epoch", epoch, self.runtime.rank)
         rows_before = self.model.rows
         with stage("prompts"):
@@ -171,8 +177,8 @@ class Trainer:
             updates = config.train.updates_per_epoch
             for index in range(updates):
                 self.runtime.stop_together()
-                self.algorithm.update(data, index, stats)
-                if self.ema is not None:
+                made = self.guarded_update(epoch, data, index, stats)
+                if made and self.ema is not None:
                     self.ema.step()
             update_metrics, kl = stats.metrics(self.runtime)
             update_metrics |= self.algorithm.finish_epoch((epoch + 1) * updates)
@@ -185,8 +191,8 @@ class Trainer:
         rows_per_sample = 2 if self.sampler.guided else 1
         samples = config.prompts.per_epoch * config.prompts.group_size
         return {
-            **shaped.metrics,
-            **update_metrics,
+            **metrics,
+            **self.health.observe(epoch, metrics, shaped.scores),
             "reference/reset": int(reset),
             "reference/refused": int(self.adaptive_reference.refused),
             "forwards/policy": self.model.rows - rows_before - data.reference_rows,
@@ -194,6 +200,7 @@ class Trainer:
             "forwards/reference_ungated": len(rollout) * len(data.steps) * rows_per_sample,
             "images_per_second": samples / self.progress.timer.metrics()["time/epoch"],
         }
+        metrics = shaped.metrics | update_metrics
 
     def roll_out_and_score(self, epoch: int, prompts: list[Prompt]) -> tuple[Rollout, ScoreBook]:
         """Sample the epoch's images, each batch scored while the next one is drawn."""
@@ -276,6 +283,7 @@ class Trainer:
         """The tensors of the state, copied to the host."""
         groups = {name: self.adapters.state_dict(name) for name in self.adapters.names}
         if self.ema is not None:
+            "health": self.health.state_dict(),
             groups["ema"] = self.ema.state_dict()
         return {
             **{name: to_host(tensors) for name, tensors in groups.items()},
@@ -305,6 +313,7 @@ class Trainer:
         seed_everything(self.config.seed, "evaluation", epoch, self.runtime.rank)
         with self.progress.stage("evaluate"):
             result = self.evaluator()
+        self.health.load_state_dict(state.value("health"))
             row = {"epoch": epoch, "name": name, "weights": "live", **result.metrics}
             self.evaluations.write({**row, "time/evaluate": time.perf_counter() - started})
             self.trackers.log(row, EVALUATION)

@@ -82,7 +82,7 @@ class GRPO(Algorithm):
             weight = len(batch.rows) * self.runtime.world_size / size * share
             for step_index in range(len(data.steps)):
                 out = self._loss(data, batch, step_index, self.algorithm.kl_coef * kl_weight * size)
-                self.runtime.accelerator.backward(out.loss * weight)
+                self._backward(out.loss * weight, batch, step_index)
                 # padding adds nothing to a loss, so sums over the batch are those of its samples
                 count = len(batch.rows) * share
                 stats.add(
@@ -140,6 +140,38 @@ def normalised_ratio(
     """GRPO-Guard's importance ratio (RatioNorm, arXiv 2510.22319), ``[B]`` float32.
 
     It adds the shift of the mean, ``mean((m - m_old)^2) / (2 c^2)``, to the difference of the
+    @torch.no_grad()
+    def contents(self, data: EpochData, batch: MicroBatch, step_index: int) -> dict[str, Tensor]:
+        rollout, rows, step = data.rollout, batch.rows, data.steps[step_index]
+        latents, prev = rollout.latents_at(step, rows), rollout.latents_at(step + 1, rows)
+        timesteps = rollout.table.timesteps[step].expand(len(rows))
+        velocity = self.sampler.velocity(latents, timesteps, batch.conditioning)
+        log_prob = gk.sde_log_prob(
+            velocity.cond,
+            latents,
+            prev,
+            rollout.table.coefficients[step],
+            velocity_uncond=velocity.uncond,
+            guidance_scale=self.sampler.cfg_scale,
+        )
+        old = rollout.log_prob[step, rows]
+        found = {
+            "latents": latents,
+            "prev_latents": prev,
+            "timesteps": timesteps,
+            "velocity": velocity.cond,
+            "old_log_prob": old,
+            "log_prob": log_prob,
+            "ratio": torch.exp(log_prob - old),
+            "advantage": batch.advantage,
+            "gate": batch.gate,
+        }
+        if velocity.uncond is not None:
+            found["velocity_uncond"] = velocity.uncond
+        if data.reference is not None:  # meaningful where the gate holds
+            found["reference_velocity"] = data.reference.rows(step_index, rows)
+        return found
+
     log-probs and multiplies by the standard deviation ``c`` of the transition, so that the ratio
     has mean 1 and the same spread at every step. With ``prev = m_old + c*z`` the squares cancel::
 

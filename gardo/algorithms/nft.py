@@ -102,7 +102,7 @@ class NFT(Algorithm):
             weight = batch.size * self.runtime.world_size / size * share
             for k in data.steps:
                 out = self._loss(data, batch, k, kl_coef)
-                self.runtime.accelerator.backward(out.loss * weight)
+                self._backward(out.loss * weight, batch, k)
                 count = batch.size * share
                 stats.add(
                     out.policy_loss * count,
@@ -140,6 +140,27 @@ class NFT(Algorithm):
         keep = behaviour_decay(self.algorithm.nft, optimizer_steps)
         self.adapters.copy(POLICY, BEHAVIOUR, keep)
         return {"behaviour/decay": keep}
+
+    @torch.no_grad()
+    def contents(self, data: EpochData, batch: MicroBatch, step_index: int) -> dict[str, Tensor]:
+        if not isinstance(data, NFTData):
+            raise TypeError(f"data: expected NFTData, got {type(data).__name__}")
+        rollout, rows, k = data.rollout, batch.rows, step_index
+        noised, timesteps = rollout.latents_at(k, rows), data.timesteps[k, rows]
+        found = {
+            "latents": rollout.latents_at(-1, rows),
+            "noised_latents": noised,
+            "t": data.t[k, rows],
+            "timesteps": timesteps,
+            "velocity": self.sampler.velocity(noised, timesteps, batch.conditioning).cond,
+            "advantage": batch.advantage,
+            "gate": batch.gate,
+        }
+        if data.behaviour is not None:
+            found["behaviour_velocity"] = data.behaviour.rows(k, rows)
+        if data.reference is not None:  # meaningful where the gate holds
+            found["reference_velocity"] = data.reference.rows(k, rows)
+        return found
 
 
 def behaviour_decay(config: NFTConfig, optimizer_steps: int) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 import gardo_kernels as gk
 from gardo.config import AlgorithmConfig
 from gardo.rewards.scoring import RewardSet, ScoreBook, reward_metrics
+from gardo.rewards.thumbnails import image_variance
 from gardo.runtime.process import Runtime
 from gardo.sampling.plan import EpochPlan
 
@@ -78,6 +79,10 @@ class Shaper:
             distance = gk.nearest_neighbor_distance(gathered, group_ids)
             # a sample without an image has no distance
             metrics["diversity/nn_distance"] = float(distance.nanmean())
+        small = book.thumbnails()
+        if small is not None:
+            gathered = runtime.gather(small, plan.sample_ids, total)
+            metrics["diversity/image_variance"] = float(image_variance(gathered, group_ids))
 
         shaped = self._shape(proxy, aux, group_ids, distance)
         # an order statistic of a handful of numbers: one transfer per epoch

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -17,10 +18,13 @@ from gardo.algorithms.shaping import ShapedEpoch
 from gardo.config import AlgorithmConfig, TrainConfig
 from gardo.models.adapters import POLICY, Adapters
 from gardo.models.base import Schedule
+from gardo.runtime.health import Outcome
 from gardo.runtime.process import Runtime
 from gardo.sampling.plan import EpochPlan, padded_rows
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.sampling.trajectory import Conditioning
+
+Probe = Callable[[Tensor, "MicroBatch", int], None]
 
 
 @dataclass
@@ -62,6 +66,7 @@ class Algorithm(ABC):
         self.parameters = list(adapters.parameters().values())
         self.optimizer = optimizer
         self.runtime = runtime
+        self._probe: Probe | None = None
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -87,22 +92,75 @@ class Algorithm(ABC):
             seed: the run's; everything random is a function of it, the epoch and sample ids.
         """
 
-    def update(self, data: EpochData, index: int, stats: UpdateStats) -> None:
-        """Make the epoch's optimizer step number ``index``.
+    def update(self, data: EpochData, index: int, stats: UpdateStats) -> Outcome:
+        """Make the epoch's optimizer step number ``index``, unless its numbers are not finite.
 
         Every batch is weighted by its share of the update, so that the gradient depends neither on
         the batch size nor on the number of processes (unless ``kl_reduction`` is ``microbatch``).
+
+        Returns:
+            what became of it, the same on all processes. A step that was not made leaves weights,
+            optimizer and ``stats`` as they were.
         """
         self._accumulate_gradients(data, index, stats)
         accelerator = self.runtime.accelerator
         norm = accelerator.clip_grad_norm_(self.parameters, self.train.max_grad_norm)
-        self.optimizer.step()
+        outcome = self._outcome(stats.losses_finite(), norm)
+        if outcome is Outcome.MADE:
+            self.optimizer.step()
+            stats.finish_update(norm, data.shaped.gated_per_update[index])
+        else:
+            stats.drop_update()
         self.optimizer.zero_grad(set_to_none=True)
-        stats.finish_update(norm, data.shaped.gated_per_update[index])
+        return outcome
+
+    def go_through(self, data: EpochData, index: int, probe: Probe) -> None:
+        """Go through the batches of an update again; ``probe`` gets each loss in place of backward.
+
+        Nothing is updated. All processes must come here.
+        """
+        self._probe = probe
+        try:
+            self._accumulate_gradients(data, index, UpdateStats())
+        finally:
+            self._probe = None
+
+    def _outcome(self, losses_finite: Tensor, grad_norm: Tensor) -> Outcome:
+        """What becomes of accumulated gradients; costs one small transfer to the host.
+
+        Non-finite gradients under a loss scale are the scaler's way to find the scale: it lowers it
+        and goes on. Only with no scale left, below 1, are they an error like any other.
+        """
+        bad = torch.stack([~losses_finite, ~grad_norm.isfinite()]).float()
+        loss, gradient = self.runtime.sum(bad).tolist()
+        scaler = self.runtime.accelerator.scaler
+        if loss:
+            if scaler is not None:  # the scale is not to blame and stays
+                scaler.update(scaler.get_scale())
+            return Outcome.BAD_LOSS
+        if gradient and scaler is not None:
+            scaler.update()
+            if scaler.get_scale() >= 1.0:
+                return Outcome.SCALED_DOWN
+        return Outcome.BAD_GRADIENT if gradient else Outcome.MADE
 
     @abstractmethod
     def _accumulate_gradients(self, data: EpochData, index: int, stats: UpdateStats) -> None:
         """Backward through every micro-batch of an update."""
+
+    def _backward(self, loss: Tensor, batch: MicroBatch, step_index: int) -> None:
+        """Backward through a micro-batch at one trained step, or what `go_through` does instead."""
+        if self._probe is not None:
+            self._probe(loss, batch, step_index)
+        else:
+            self.runtime.accelerator.backward(loss)
+
+    @abstractmethod
+    def contents(self, data: EpochData, batch: MicroBatch, step_index: int) -> dict[str, Tensor]:
+        """What a micro-batch's loss at a trained step is made of, ``[B, ...]`` each.
+
+        Runs the policy once, without gradients.
+        """
 
     def finish_epoch(self, optimizer_steps: int) -> dict[str, float]:
         """After an epoch's updates; ``optimizer_steps`` counts those of the whole run.
@@ -211,9 +269,11 @@ class UpdateStats:
     clipped: list[Tensor] = field(default_factory=list)
     samples: float = 0.0
     ratio_deviation: list[Tensor] = field(default_factory=list)
+    ratio_distance: list[Tensor] = field(default_factory=list)
     grad_norm: list[Tensor] = field(default_factory=list)
     call_ends: list[int] = field(default_factory=list)
     gated: int = 0
+    _samples_made: float = 0.0
 
     def add(
         self, policy: Tensor, total: Tensor, kl_sum: Tensor, kl_weight: float, samples: float
@@ -237,29 +297,52 @@ class UpdateStats:
     ) -> None:
         """Add the ratios of one call; ``share`` is 1 over the number of trained steps."""
         ratio = ratio.detach()
+        distance = torch.where(real, (ratio - 1).abs(), 0.0)
         self.clipped.append((_outside(ratio, clip_range) & real).sum() * share)
+        self.ratio_distance.append(distance.sum() * share)
         if not self.grad_norm:  # before the first step the policy is still the one that sampled
-            self.ratio_deviation.append(((ratio - 1).abs() * real).max())
+            self.ratio_deviation.append(distance.max())
 
     def finish_update(self, grad_norm: Tensor, gated: int) -> None:
         """Close an optimizer step; ``gated`` counts its gated samples over all processes."""
         self.grad_norm.append(grad_norm.detach())
         self.call_ends.append(len(self.kl))
         self.gated += gated
+        self._samples_made = self.samples
+
+    def losses_finite(self) -> Tensor:
+        """Whether all losses since the last step are finite, on this process; 0-d bool."""
+        return torch.stack(self.total_loss[self._calls_made :]).isfinite().all()
+
+    def drop_update(self) -> None:
+        """Forget the calls since the last step, which is not followed by another one."""
+        for calls in (self.policy_loss, self.total_loss, self.kl, self.kl_term):
+            del calls[self._calls_made :]
+        del self.clipped[self._calls_made :], self.ratio_distance[self._calls_made :]
+        if not self.grad_norm:
+            self.ratio_deviation.clear()
+        self.samples = self._samples_made
+
+    @property
+    def _calls_made(self) -> int:
+        return self.call_ends[-1] if self.call_ends else 0
 
     def metrics(self, runtime: Runtime) -> tuple[dict[str, float], float | None]:
         """The epoch's figures over all processes, and the KL that the reference is judged by.
 
-        The latter is None if no sample was gated.
+        The latter is None if no sample was gated. Updates that were left out do not count; if all
+        were, the figures are NaN.
         """
+        if not self.grad_norm:
+            return dict.fromkeys(("loss/policy", "loss/total", "kl", "grad_norm"), math.nan), None
         starts = [0, *self.call_ends[:-1]]
-        sums = [self.policy_loss, self.total_loss, self.kl, self.clipped]
+        sums = [self.policy_loss, self.total_loss, self.kl, self.clipped, self.ratio_distance]
         sums += [self.kl_term[a:b] for a, b in zip(starts, self.call_ends, strict=True)]
         device = runtime.device
         none = torch.zeros(1, dtype=torch.float64, device=device)
         local = [torch.stack(some).double().sum().reshape(1) if some else none for some in sums]
         count = torch.tensor([self.samples], dtype=torch.float64, device=device)
-        samples, policy, total, kl_sum, clipped, *terms = runtime.sum(
+        samples, policy, total, kl_sum, clipped, distance, *terms = runtime.sum(
             torch.cat([count, *local])
         ).tolist()
         mean = kl_sum / self.gated if self.gated else None
@@ -272,6 +355,7 @@ class UpdateStats:
             deviation = runtime.max(torch.stack(self.ratio_deviation).max())
             figures["clip_fraction"] = clipped / samples
             figures["ratio/max_abs_dev"] = float(deviation)
+            figures["ratio/mean_abs_dev"] = distance / samples
         figures["grad_norm"] = float(torch.stack(self.grad_norm).mean())
         return figures, max(terms) if mean is not None and self.judged_by == "update" else mean
 

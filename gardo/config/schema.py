@@ -2,101 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
+from pydantic import BeforeValidator, Field, model_validator
+
+from gardo.config.fields import (
+    ClipRange,
+    Fraction,
+    Names,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Proxy,
+    Section,
+    Servers,
+    Share,
+    Trackers,
+    as_names,
+    as_pair,
+    key,
+    section,
 )
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-
-
-def _names(value: Any) -> Any:
-    """Accept "a,b" for a list of names, as typed on a command line."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
-def _pair(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
-
-
-def _clip_range(value: Any) -> Any:
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    numbers = [
-        p for p in parts if isinstance(p, (int, float)) and not isinstance(p, bool) and p > 0
-    ]
-    if len(numbers) != len(parts) or (parts is value and len(parts) != 2):
-        raise ValueError("expected a positive number or a pair [low, high] of them")
-    return tuple(float(n) for n in numbers) if parts is value else float(numbers[0])
-
-
-def _proxy(value: Any) -> Any:
-    """One name as it is; several as name -> weight, with weight 1 where none is given."""
-    if isinstance(value, str):
-        names = _names(value)
-        return names[0] if len(names) == 1 else _proxy(names)
-    if isinstance(value, list):
-        if not all(isinstance(name, str) for name in value) or len(set(value)) != len(value):
-            raise ValueError("expected different reward names")
-        value = dict.fromkeys(value, 1.0)
-    if isinstance(value, Mapping):
-        for weight in value.values():
-            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not number or not math.isfinite(weight) or weight == 0:
-                raise ValueError("expected a weight other than 0 for each reward")
-        value = {name: float(weight) for name, weight in value.items()}
-    if not value or not isinstance(value, dict):
-        raise ValueError("expected a reward's name, or names with weights")
-    return value
-
-
-def _servers(value: Any) -> Any:
-    urls = _names(value)
-    if urls == []:
-        raise ValueError("expected at least one URL")
-    for url in urls if isinstance(urls, list) else ():
-        parts = urlsplit(url) if isinstance(url, str) else None
-        # asking for the port raises ValueError where it is no number
-        if parts and (
-            parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
-        ):
-            raise ValueError("expected http://HOST:PORT or https://HOST:PORT")
-        if parts and (parts.username or parts.query or parts.fragment):
-            raise ValueError("expected URLs without user, query and fragment (for a secret: token)")
-    return urls
-
-
-Names = Annotated[list[str], BeforeValidator(_names)]
-Servers = Annotated[list[str], BeforeValidator(_servers), Field(min_length=1)]
-Proxy = Annotated[str | dict[str, float], BeforeValidator(_proxy)]
-Trackers = Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_names)]
-ClipRange = Annotated[float | tuple[float, float], BeforeValidator(_clip_range)]
-
-
-class Section(BaseModel):
-    # strict: "12" is no number and 1 is no bool; YAML has already told the types apart
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-
-def key(default: Any, description: str) -> Any:
-    """A documented key; the description is what ``--help`` prints."""
-    return Field(default=default, description=description)
-
-
-def section(model: type[Section], description: str) -> Any:
-    return Field(default_factory=model, description=description)
 
 
 class LoraConfig(Section):
@@ -152,7 +81,7 @@ class SamplingConfig(Section):
         "euler", "ODE solver of rollouts without noise (nft): Euler or second-order DPM-Solver++"
     )
     sde_window: NonNegative = key(0, "noise and training on at most this many steps; 0: all")
-    sde_window_range: Annotated[tuple[int, int] | None, BeforeValidator(_pair)] = key(
+    sde_window_range: Annotated[tuple[int, int] | None, BeforeValidator(as_pair)] = key(
         None, "first and last+1 step that the window may cover; null: the first half"
     )
     resolution: Positive | None = key(None, "image side in pixels; null: the model's own")
@@ -238,7 +167,7 @@ class ReferenceConfig(Section):
         False, "reset only to a policy that the auxiliary rewards trust no less than the reference"
     )
     guard_window: Positive = key(5, "epochs that the guard judges a policy by")
-    guard_share: Annotated[float, Field(gt=0.0, le=1.0)] = key(
+    guard_share: Share = key(
         0.05, "share of the samples, the most uncertain, whose mean uncertainty it watches"
     )
     guard_uncertainty: NonNegativeFloat = key(
@@ -322,9 +251,7 @@ class TrainConfig(Section):
     weight_decay: NonNegativeFloat = key(1e-4, "AdamW weight decay")
     fused_optimizer: bool = key(False, "AdamW as one fused kernel")
     max_grad_norm: PositiveFloat = key(1.0, "gradient clipping")
-    timestep_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = key(
-        0.4, "share of the steps that are trained"
-    )
+    timestep_fraction: Share = key(0.4, "share of the steps that are trained")
     timestep_selection: Literal["random", "first"] = key(
         "random", "which steps: random ones per epoch, or the first ones"
     )
@@ -364,6 +291,50 @@ class CheckpointConfig(Section):
     )
 
 
+Alarm = Literal[
+    "ratio",
+    "ratio_mean",
+    "clip_fraction",
+    "kl",
+    "grad_norm",
+    "reward_drop",
+    "reward_rise",
+    "missing",
+    "diversity",
+    "image_variance",
+]
+
+
+class HealthConfig(Section):
+    max_skipped_in_a_row: Positive = key(
+        3, "the run stops after so many updates in a row that were not finite and left out"
+    )
+    stop_on: Annotated[list[Alarm], BeforeValidator(as_names)] = key(
+        [], "alarms, named as the keys below, that stop the run; all others only warn"
+    )
+    patience: Positive = key(1, "epochs in a row that a threshold is reached before its alarm")
+    ratio: PositiveFloat | None = key(
+        0.01, "alarm: max |ratio - 1| of an epoch's first update, where only rounding is; null: off"
+    )
+    ratio_mean: PositiveFloat | None = key(0.5, "alarm: mean |ratio - 1| of an epoch")
+    clip_fraction: Share | None = key(0.95, "alarm: share of the ratios outside clip_range")
+    kl: PositiveFloat | None = key(0.1, "alarm: mean KL of the gated samples")
+    grad_norm: PositiveFloat | None = key(100.0, "alarm: mean gradient norm before clipping")
+    reward_drop: PositiveFloat | None = key(
+        1.5,
+        "alarm: fall of the proxy's mean below that of the first epoch, in standard deviations of "
+        "that epoch's samples",
+    )
+    reward_rise: PositiveFloat | None = key(4.0, "alarm: its rise, likewise")
+    missing: Share | None = key(0.05, "alarm: share of samples that a reward could not score")
+    diversity: Share | None = key(
+        0.5, "collapse alarm: nearest-neighbour distance as a share of the first epoch's"
+    )
+    image_variance: Share | None = key(
+        0.25, "collapse alarm: variance of the images of a prompt as a share of the first epoch's"
+    )
+
+
 class Config(Section):
     """The whole run. Attributes are the areas of the command line."""
 
@@ -386,6 +357,7 @@ class Config(Section):
     train: TrainConfig = section(TrainConfig, "optimisation")
     evaluation: EvaluationConfig = section(EvaluationConfig, "held-out evaluation and pictures")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "what a run is resumed from")
+    health: HealthConfig = section(HealthConfig, "when a run warns that it goes wrong, or stops")
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -455,6 +427,15 @@ def _contradictions(c: Config) -> Iterator[str]:
         )
     if c.model.full_finetune and c.precision == "fp16":
         yield "model.full_finetune: expected precision fp32 or bf16, got fp16"
+    for name in c.health.stop_on:
+        if getattr(c.health, name) is None:
+            yield f"health.stop_on: '{name}' is off; expected a threshold for health.{name}"
+        if name == "diversity" and c.rewards.features is None:
+            yield "health.stop_on: 'diversity' needs rewards.features, which distances are of"
+        if name in ("ratio", "ratio_mean", "clip_fraction") and c.algorithm.name == "nft":
+            yield f"health.stop_on: nft has no ratio; expected alarms of nft, got '{name}'"
+        if name == "kl" and c.algorithm.kl_coef == 0:
+            yield "health.stop_on: 'kl' is not measured without algorithm.kl_coef"
     best, every = c.checkpoint.keep_best, c.checkpoint.every
     if best is not None and best.startswith("evaluation/"):
         if not (every and c.evaluation.every and c.evaluation.every % every == 0):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gardo.rewards.scoring import RewardSet, ScoreBook
+from gardo.rewards.thumbnails import thumbnails
 from gardo.types import Prompt, UserError
 
 MAX_PENDING = 4
@@ -71,6 +72,7 @@ class _Lane:
 
 @dataclass
 class _Batch:
+    thumbnails: Tensor
     scores: dict[str, Future[tuple[Tensor, float]]] = field(default_factory=dict)
     features: Future[tuple[Tensor, float]] | None = None
 
@@ -128,7 +130,7 @@ class ScoringWorker:
         if self._device.type == "cuda":
             drawn = torch.cuda.Event()
             drawn.record(torch.cuda.current_stream(self._device))
-        batch = _Batch()
+        batch = _Batch(thumbnails(images))
         for name, lane in self._lanes.items():
             batch.scores[name] = lane.submit(self._task(name, images, prompts), images, drawn)
         extract = self._rewards.features
@@ -159,7 +161,7 @@ class ScoringWorker:
         features = None
         if batch.features is not None:
             features, _ = self._result("feature extractor", batch.features)
-        self._book.add(scores, features, seconds)
+        self._book.add(scores, features, seconds, batch.thumbnails)
         self._pending.popleft()
 
     def _result(self, what: str, future: Future[tuple[Tensor, float]]) -> tuple[Tensor, float]:

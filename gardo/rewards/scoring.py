@@ -192,6 +192,7 @@ class ScoreBook:
     def __init__(self) -> None:
         self._scores: dict[str, list[Tensor]] = {}
         self._features: list[Tensor] = []
+        self._thumbnails: list[Tensor] = []
         self._seconds: dict[str, float] = {}
 
     def add(
@@ -199,14 +200,24 @@ class ScoreBook:
         scores: Mapping[str, Tensor],
         features: Tensor | None,
         seconds: Mapping[str, float] | None = None,
+        thumbnails: Tensor | None = None,
     ) -> None:
-        """Append a batch: scores ``[B]`` per reward, features ``[B, D]``, seconds per reward."""
+        """Append a batch.
+
+        Args:
+            scores: ``[B]`` per reward.
+            features: ``[B, D]``.
+            seconds: that the batch took, per reward.
+            thumbnails: ``[B, D']`` of `gardo.rewards.thumbnails`.
+        """
         for name, values in scores.items():
             self._scores.setdefault(name, []).append(values)
         for name, value in (seconds or {}).items():
             self._seconds[name] = self._seconds.get(name, 0.0) + value
         if features is not None:
             self._features.append(features)
+        if thumbnails is not None:
+            self._thumbnails.append(thumbnails)
 
     def scores(self, name: str) -> Tensor:
         """``[n]`` float32."""
@@ -215,6 +226,10 @@ class ScoreBook:
     def features(self) -> Tensor | None:
         """``[n, D]`` float32, or None without a feature extractor."""
         return torch.cat(self._features) if self._features else None
+
+    def thumbnails(self) -> Tensor | None:
+        """``[n, D']`` float32, or None where none were kept."""
+        return torch.cat(self._thumbnails) if self._thumbnails else None
 
     def seconds_per_image(self, name: str) -> float | None:
         """What the reward took in this process, or None where it was not timed."""

@@ -142,6 +142,14 @@ def check_launch(environment: Mapping[str, str]) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         number = environment.get(name)
         if number is not None and not number.isdecimal():
+    def from_main(self, value: Tensor) -> Tensor:
+        """The main process's value, on all processes."""
+        if self.world_size == 1:
+            return value
+        from accelerate.utils import broadcast
+
+        return broadcast(value)
+
             raise UserError(f"environment variable {name}: expected a whole number, got '{number}'")
         numbers[name] = None if number is None else int(number)
     size, rank = numbers["WORLD_SIZE"], numbers["RANK"]

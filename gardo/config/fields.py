@@ -1,0 +1,97 @@
+"""What the sections of a configuration are made of: number types, lists of names, sections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+def as_names(value: Any) -> Any:
+    """Accept "a,b" for a list of names, as typed on a command line."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def as_pair(value: Any) -> Any:
+    """Accept a list for a pair."""
+    return tuple(value) if isinstance(value, list) else value  # YAML has no tuples
+
+
+def _clip_range(value: Any) -> Any:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    numbers = [
+        p for p in parts if isinstance(p, (int, float)) and not isinstance(p, bool) and p > 0
+    ]
+    if len(numbers) != len(parts) or (parts is value and len(parts) != 2):
+        raise ValueError("expected a positive number or a pair [low, high] of them")
+    return tuple(float(n) for n in numbers) if parts is value else float(numbers[0])
+
+
+def _proxy(value: Any) -> Any:
+    """One name as it is; several as name -> weight, with weight 1 where none is given."""
+    if isinstance(value, str):
+        names = as_names(value)
+        return names[0] if len(names) == 1 else _proxy(names)
+    if isinstance(value, list):
+        if not all(isinstance(name, str) for name in value) or len(set(value)) != len(value):
+            raise ValueError("expected different reward names")
+        value = dict.fromkeys(value, 1.0)
+    if isinstance(value, Mapping):
+        for weight in value.values():
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not number or not math.isfinite(weight) or weight == 0:
+                raise ValueError("expected a weight other than 0 for each reward")
+        value = {name: float(weight) for name, weight in value.items()}
+    if not value or not isinstance(value, dict):
+        raise ValueError("expected a reward's name, or names with weights")
+    return value
+
+
+def _servers(value: Any) -> Any:
+    urls = as_names(value)
+    if urls == []:
+        raise ValueError("expected at least one URL")
+    for url in urls if isinstance(urls, list) else ():
+        parts = urlsplit(url) if isinstance(url, str) else None
+        # asking for the port raises ValueError where it is no number
+        if parts and (
+            parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0
+        ):
+            raise ValueError("expected http://HOST:PORT or https://HOST:PORT")
+        if parts and (parts.username or parts.query or parts.fragment):
+            raise ValueError("expected URLs without user, query and fragment (for a secret: token)")
+    return urls
+
+
+Names = Annotated[list[str], BeforeValidator(as_names)]
+Servers = Annotated[list[str], BeforeValidator(_servers), Field(min_length=1)]
+Proxy = Annotated[str | dict[str, float], BeforeValidator(_proxy)]
+Trackers = Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(as_names)]
+ClipRange = Annotated[float | tuple[float, float], BeforeValidator(_clip_range)]
+
+
+class Section(BaseModel):
+    """An area of the configuration."""
+
+    # strict: "12" is no number and 1 is no bool; YAML has already told the types apart
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+def key(default: Any, description: str) -> Any:
+    """A documented key; the description is what ``--help`` prints."""
+    return Field(default=default, description=description)
+
+
+def section(model: type[Section], description: str) -> Any:
+    """A documented section with the defaults of ``model``."""
+    return Field(default_factory=model, description=description)
