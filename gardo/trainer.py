@@ -11,8 +11,8 @@ import torch
 from gardo.algorithms.adaptive_reference import AdaptiveReference
 from gardo.algorithms.ema import EMA
 from gardo.algorithms.grpo import GRPO
-from gardo.algorithms.nft import NFT
 from gardo.algorithms.guard import GuardedUpdates
+from gardo.algorithms.nft import NFT
 from gardo.algorithms.parity import check_parity, ratio_deviation
 from gardo.algorithms.shaping import Shaper
 from gardo.algorithms.update import Algorithm, UpdateStats
@@ -25,8 +25,8 @@ from gardo.models.loading import load_model
 from gardo.rewards.overlap import ScoringWorker
 from gardo.rewards.scoring import RewardSet, ScoreBook
 from gardo.runtime.checkpoint import TrainingState
-from gardo.runtime.images import image_grid, save_grid
 from gardo.runtime.health import Health
+from gardo.runtime.images import image_grid, save_grid
 from gardo.runtime.keeper import Keeper
 from gardo.runtime.metrics import EVALUATION, read_metrics
 from gardo.runtime.model_card import write_model_card
@@ -98,11 +98,11 @@ class Trainer:
         self.algorithm = algorithm(
             config.algorithm, train, self.sampler, self.adapters, self.optimizer, runtime
         )
+        self.health = Health(config.health, runtime)
+        self.guarded_update = GuardedUpdates(self.algorithm, self.health)
         self.adaptive_reference = AdaptiveReference(config.algorithm.reference)
         self.evaluator = HeldOutEvaluator(
             config, self.model, self.embeddings, self.rewards, prompts, self.resolution, self.graphs
-        self.health = Health(config.health, runtime)
-        self.guarded_update = GuardedUpdates(self.algorithm, self.health)
         )
 
     def train(self, folder: RunFolder) -> None:
@@ -120,6 +120,7 @@ class Trainer:
             folder.evaluations() as self.evaluations,
             Trackers(config, folder, start, self.progress.write) as self.trackers,
         ):
+            self.health.attach(folder.path, self.progress.write)
             self.keeper = Keeper(
                 config,
                 self.runtime,
@@ -130,7 +131,6 @@ class Trainer:
                 self.progress.write,
             )
             with self.keeper.rescue():
-            self.health.attach(folder.path, self.progress.write)
                 self.finish_epoch(folder, start, {})
                 for epoch in range(start, config.epochs):
                     row = {"epoch": epoch, **self.run_epoch(epoch)}
@@ -146,6 +146,7 @@ class Trainer:
         resumed = self.resumed and done == self.start_epoch
         self.keeper.mark(done, row, saved=resumed)
         self.runtime.stop_together()
+        self.health.stop_if_alarmed()
         due = evaluation_due(self.config, done)
         if due is not None and not (resumed and self.evaluated):
             self.evaluate(folder, done, due)
@@ -156,7 +157,6 @@ class Trainer:
     def run_epoch(self, epoch: int) -> dict[str, Any]:
         """One rollout and its updates; returns the epoch's metrics."""
         config, stage = self.config, self.progress.stage
-        self.health.stop_if_alarmed()
         seed_everything(config.seed, "epoch", epoch, self.runtime.rank)
         rows_before = self.model.rows
         with stage("prompts"):
@@ -190,6 +190,7 @@ class Trainer:
                 self.adapters.copy(POLICY, REFERENCE)
         rows_per_sample = 2 if self.sampler.guided else 1
         samples = config.prompts.per_epoch * config.prompts.group_size
+        metrics = shaped.metrics | update_metrics
         return {
             **metrics,
             **self.health.observe(epoch, metrics, shaped.scores),
@@ -200,7 +201,6 @@ class Trainer:
             "forwards/reference_ungated": len(rollout) * len(data.steps) * rows_per_sample,
             "images_per_second": samples / self.progress.timer.metrics()["time/epoch"],
         }
-        metrics = shaped.metrics | update_metrics
 
     def roll_out_and_score(self, epoch: int, prompts: list[Prompt]) -> tuple[Rollout, ScoreBook]:
         """Sample the epoch's images, each batch scored while the next one is drawn."""
@@ -273,6 +273,7 @@ class Trainer:
         """The part of the state that is no tensor, as JSON values."""
         scaler = self.runtime.accelerator.scaler
         return {
+            "health": self.health.state_dict(),
             "shaper": self.shaper.state_dict(),
             "adaptive_reference": self.adaptive_reference.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -283,7 +284,6 @@ class Trainer:
         """The tensors of the state, copied to the host."""
         groups = {name: self.adapters.state_dict(name) for name in self.adapters.names}
         if self.ema is not None:
-            "health": self.health.state_dict(),
             groups["ema"] = self.ema.state_dict()
         return {
             **{name: to_host(tensors) for name, tensors in groups.items()},
@@ -300,6 +300,7 @@ class Trainer:
             self.ema.load_state_dict(state.tensors["ema"])
         names = list(self.adapters.parameters())
         unpack_optimizer(self.optimizer, names, state.tensors["optimizer"])
+        self.health.load_state_dict(state.value("health"))
         self.shaper.load_state_dict(state.value("shaper"))
         self.adaptive_reference.load_state_dict(state.value("adaptive_reference"))
         if self.runtime.accelerator.scaler is not None and state.value("scaler") is not None:
@@ -313,7 +314,6 @@ class Trainer:
         seed_everything(self.config.seed, "evaluation", epoch, self.runtime.rank)
         with self.progress.stage("evaluate"):
             result = self.evaluator()
-        self.health.load_state_dict(state.value("health"))
             row = {"epoch": epoch, "name": name, "weights": "live", **result.metrics}
             self.evaluations.write({**row, "time/evaluate": time.perf_counter() - started})
             self.trackers.log(row, EVALUATION)

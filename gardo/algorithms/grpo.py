@@ -133,13 +133,6 @@ class GRPO(Algorithm):
             loss=out.loss + policy, policy_loss=policy.detach(), ratio=ratio.detach()
         )
 
-
-def normalised_ratio(
-    velocity: Tensor, sample: Tensor, prev_sample: Tensor, noise: Tensor, coef: gk.SDECoefficients
-) -> Tensor:
-    """GRPO-Guard's importance ratio (RatioNorm, arXiv 2510.22319), ``[B]`` float32.
-
-    It adds the shift of the mean, ``mean((m - m_old)^2) / (2 c^2)``, to the difference of the
     @torch.no_grad()
     def contents(self, data: EpochData, batch: MicroBatch, step_index: int) -> dict[str, Tensor]:
         rollout, rows, step = data.rollout, batch.rows, data.steps[step_index]
@@ -172,6 +165,13 @@ def normalised_ratio(
             found["reference_velocity"] = data.reference.rows(step_index, rows)
         return found
 
+
+def normalised_ratio(
+    velocity: Tensor, sample: Tensor, prev_sample: Tensor, noise: Tensor, coef: gk.SDECoefficients
+) -> Tensor:
+    """GRPO-Guard's importance ratio (RatioNorm, arXiv 2510.22319), ``[B]`` float32.
+
+    It adds the shift of the mean, ``mean((m - m_old)^2) / (2 c^2)``, to the difference of the
     log-probs and multiplies by the standard deviation ``c`` of the transition, so that the ratio
     has mean 1 and the same spread at every step. With ``prev = m_old + c*z`` the squares cancel::
 

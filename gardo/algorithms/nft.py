@@ -135,12 +135,6 @@ class NFT(Algorithm):
             kl_coef=0.0 if reference is None else kl_coef,
         )
 
-    def finish_epoch(self, optimizer_steps: int) -> dict[str, float]:
-        """The behaviour policy follows the policy, the slower the longer training has lasted."""
-        keep = behaviour_decay(self.algorithm.nft, optimizer_steps)
-        self.adapters.copy(POLICY, BEHAVIOUR, keep)
-        return {"behaviour/decay": keep}
-
     @torch.no_grad()
     def contents(self, data: EpochData, batch: MicroBatch, step_index: int) -> dict[str, Tensor]:
         if not isinstance(data, NFTData):
@@ -161,6 +155,12 @@ class NFT(Algorithm):
         if data.reference is not None:  # meaningful where the gate holds
             found["reference_velocity"] = data.reference.rows(k, rows)
         return found
+
+    def finish_epoch(self, optimizer_steps: int) -> dict[str, float]:
+        """The behaviour policy follows the policy, the slower the longer training has lasted."""
+        keep = behaviour_decay(self.algorithm.nft, optimizer_steps)
+        self.adapters.copy(POLICY, BEHAVIOUR, keep)
+        return {"behaviour/decay": keep}
 
 
 def behaviour_decay(config: NFTConfig, optimizer_steps: int) -> float:

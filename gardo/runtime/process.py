@@ -112,6 +112,14 @@ class Runtime:
         """Maximum over processes."""
         return self.accelerator.gather(value.reshape(1)).max() if self.world_size > 1 else value
 
+    def from_main(self, value: Tensor) -> Tensor:
+        """The main process's value, on all processes."""
+        if self.world_size == 1:
+            return value
+        from accelerate.utils import broadcast
+
+        return broadcast(value)
+
     def close(self) -> None:
         """Leave the group of processes; without it a thread of the group may outlive the run."""
         if self.world_size > 1:
@@ -142,14 +150,6 @@ def check_launch(environment: Mapping[str, str]) -> None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         number = environment.get(name)
         if number is not None and not number.isdecimal():
-    def from_main(self, value: Tensor) -> Tensor:
-        """The main process's value, on all processes."""
-        if self.world_size == 1:
-            return value
-        from accelerate.utils import broadcast
-
-        return broadcast(value)
-
             raise UserError(f"environment variable {name}: expected a whole number, got '{number}'")
         numbers[name] = None if number is None else int(number)
     size, rank = numbers["WORLD_SIZE"], numbers["RANK"]
