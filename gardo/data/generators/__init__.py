@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gardo.data.generators.counting import counting_prompts
 from gardo.data.generators.geneval import geneval_prompts
 from gardo.data.generators.ocr import ocr_prompts
-from gardo.tiny.scenes import all_scenes
+from gardo.tiny.scenes import MAX_COUNT, NUMBERS, all_scenes
 from gardo.types import Prompt, UserError
 
 
-def shapes_prompts(*, split: str = "train") -> list[Prompt]:
-    """The 40 prompts of the embedded task; they have no held-out part."""
+def shapes_prompts(
+    *, split: str = "train", counts: Sequence[int] = range(1, MAX_COUNT + 1)
+) -> list[Prompt]:
+    """The prompts of the embedded task, eight for each count; they have no held-out part."""
     if split != "train":
         raise ValueError(f"split: expected 'train', got '{split}'")
-    return [Prompt(scene.prompt, scene.metadata) for scene in all_scenes()]
+    known = range(1, len(NUMBERS) + 1)
+    if not counts or any(count not in known for count in counts):
+        raise ValueError(f"counts: expected numbers from 1 to {len(NUMBERS)}, got {counts}")
+    return [Prompt(scene.prompt, scene.metadata) for scene in all_scenes(list(counts))]
 
 
 GENERATORS: dict[str, Callable[..., list[Prompt]]] = {

@@ -1,0 +1,1 @@
+"""Ablation on the embedded image task: every method, over seeds and KL coefficients."""

@@ -1,0 +1,146 @@
+"""Statistics of the ablation over seeds: JSON for machines, Markdown for readers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from gardo.experiments.ablation.methods import METHODS
+from gardo.experiments.ablation.run import MEASURED
+
+Record = dict[str, Any]
+
+TITLES = {
+    "proxy": "count (proxy)",
+    "strict": "strict_count",
+    "judge": "judge",
+    "clean": "clean (aux)",
+    "shape_fit": "shape_fit (aux)",
+    "artifact": "artifact",
+    "diversity": "diversity",
+    "distance": "feature distance",
+    "gated": "gated",
+    "resets": "resets",
+    "seconds": "s/epoch",
+}
+DIGITS = {"artifact": 4, "diversity": 2, "distance": 1, "resets": 1, "seconds": 2}
+#: held-out figure of the frontier
+HELD_OUT = "strict"
+
+
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
+    """Every figure at the end, one value per seed, with mean and standard deviation.
+
+    A setting is on the ``frontier`` when no other is at least as good by the means of both the
+    proxy and the held-out accuracy. ``hacked`` counts the seeds in which the proxy rose while the
+    held-out accuracy fell.
+    """
+    settings = list(dict.fromkeys(r["setting"] for r in records))
+    rows = {name: _setting([r for r in records if r["setting"] == name]) for name in settings}
+    for row in rows.values():
+        row["frontier"] = not any(_dominates(other, row) for other in rows.values())
+    return {
+        "scale": records[0]["scale"],
+        "seeds": sorted({r["seed"] for r in records}),
+        "torch": torch.__version__,
+        "start": _over_seeds([r["start"] for r in records if r["setting"] == settings[0]]),
+        "settings": rows,
+    }
+
+
+def _setting(mine: Sequence[Record]) -> dict[str, Any]:
+    figures = [
+        {**r["end"], "gated": r["gated"], "resets": r["resets"], "seconds": r["seconds"]}
+        for r in mine
+    ]
+    hacked = [
+        r["end"]["proxy"] > r["start"]["proxy"] and r["end"][HELD_OUT] < r["start"][HELD_OUT]
+        for r in mine
+    ]
+    return {
+        "method": mine[0]["method"],
+        "kl_coef": mine[0]["kl_coef"],
+        "hacked": sum(hacked),
+        "runs": len(mine),
+        **_over_seeds(figures),
+    }
+
+
+def _over_seeds(rows: Sequence[Record]) -> dict[str, Any]:
+    names = [*MEASURED, *(n for n in ("gated", "resets", "seconds") if n in rows[0])]
+    return {
+        name: {
+            "mean": round(fmean(row[name] for row in rows), 5),
+            "sd": round(stdev(row[name] for row in rows), 5) if len(rows) > 1 else None,
+            "seeds": [round(row[name], 5) for row in rows],
+        }
+        for name in names
+    }
+
+
+def _dominates(other: Record, row: Record) -> bool:
+    ahead = [other[name]["mean"] - row[name]["mean"] for name in ("proxy", HELD_OUT)]
+    return min(ahead) >= 0 and max(ahead) > 0
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The table of all settings, and the seeds behind the two figures of the frontier."""
+    scale, seeds = summary["scale"], ", ".join(map(str, summary["seeds"]))
+    columns = [*MEASURED, "gated", "resets", "seconds"]
+    head = ["method", "kl_coef", *(TITLES[c] for c in columns), "hacked", "frontier"]
+    lines = [
+        "# Results of the ablation",
+        "",
+        "Written by `python -m gardo.experiments.ablation`; what it means, and the protocol, are",
+        f"in `docs/experiments/ablation.md`. After {scale['epochs']} epochs of 8 prompts x "
+        f"{scale['group_size']} samples;",
+        f"mean ± standard deviation over the seeds {seeds}; {4 * scale['prompts']} images each,",
+        f"ten steps without noise; torch {summary['torch']}. *hacked*: seeds in which the proxy",
+        "rose and `strict_count` fell. *frontier*: no other setting is better in both.",
+        "",
+        _row(head),
+        "|" + "---|" * len(head),
+        _row(["before", "", *(_cell(c, summary["start"].get(c)) for c in columns), "", ""]),
+    ]
+    for row in summary["settings"].values():
+        coef = "" if row["kl_coef"] is None else f"{row['kl_coef']:g}"
+        cells = [_cell(c, row[c]) for c in columns]
+        hacked = f"{row['hacked']} of {row['runs']}"
+        lines.append(_row([row["method"], coef, *cells, hacked, "yes" if row["frontier"] else ""]))
+    lines += ["", "## Seed by seed", "", _row(["setting", "proxy", HELD_OUT, "clean"])]
+    lines.append("|---|---|---|---|")
+    for name, row in summary["settings"].items():
+        each = [" ".join(f"{v:.3f}" for v in row[c]["seeds"]) for c in ("proxy", HELD_OUT, "clean")]
+        lines.append(_row([name, *each]))
+    lines += ["", "## Methods", ""]
+    lines += [
+        f"- `{m.name}`: {m.title}. "
+        + (" ".join(f"`--{k} {v}`" for k, v in m.overrides.items()) or "The recipe as it is.")
+        for m in METHODS
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(column: str, value: dict[str, Any] | None) -> str:
+    if value is None:
+        return ""
+    digits = DIGITS.get(column, 3)
+    spread = "" if value["sd"] is None else f" ± {value['sd']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{spread}"
+
+
+def write(out: Path, summary: dict[str, Any]) -> str:
+    """Write ``results.json`` and ``results.md`` into ``out``; returns the Markdown."""
+    table = markdown(summary)
+    (out / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    (out / "results.md").write_text(table, encoding="utf-8")
+    return table

@@ -1,0 +1,121 @@
+"""The runs of the ablation, and what is read from their folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from gardo.experiments.ablation.methods import Setting, settings
+from gardo.experiments.training_runs import TrainingRun, train_all
+from gardo.runtime.metrics import read_metrics
+
+Record = dict[str, Any]
+
+#: figures of an evaluation, in the order of the tables
+MEASURED = {
+    "proxy": "reward/count/mean",
+    "strict": "reward/strict_count/mean",
+    "judge": "reward/judge/mean",
+    "clean": "reward/clean/mean",
+    "shape_fit": "reward/shape_fit/mean",
+    "artifact": "reward/artifact/mean",
+    "diversity": "diversity/pairwise",
+    "distance": "feature_distance",
+}
+CURVES = {
+    "proxy": "reward/count/mean",
+    "kl": "kl",
+    "gate": "gate/share",
+    "diversity": "diversity/nn_distance",
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is run; the same compute for every method.
+
+    Attributes:
+        evaluations: held-out evaluations after the one at the start.
+        prompts: how many of the 40 prompts are judged, four images each.
+    """
+
+    epochs: int = 24
+    group_size: int = 12
+    kl_coefs: tuple[float, ...] = (0.03, 0.1, 0.3)
+    evaluations: int = 3
+    prompts: int = 40
+
+    @property
+    def overrides(self) -> dict[str, str]:
+        """What the experiment changes in the recipe ``tiny``, for every method alike."""
+        return {
+            "epochs": str(self.epochs),
+            "prompts.group_size": str(self.group_size),
+            "rewards.parameters": "{count: {color_weight: 8.0}}",
+            "train.learning_rate": "2e-3",
+            "evaluation.every": str(max(1, self.epochs // self.evaluations)),
+            "evaluation.max_prompts": str(self.prompts),
+            "evaluation.num_steps": "10",
+            "checkpoint.snapshot": "false",
+        }
+
+
+FULL = Scale()
+QUICK = Scale(epochs=3, group_size=4, kl_coefs=(0.1,), evaluations=1, prompts=8)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: a setting from one seed."""
+
+    setting: Setting
+    seed: int
+    scale: Scale
+    out: Path
+
+    @property
+    def run(self) -> TrainingRun:
+        overrides = {"seed": str(self.seed), **self.scale.overrides, **self.setting.overrides}
+        return TrainingRun(self.out / "runs" / f"{self.setting.name}-seed{self.seed}", overrides)
+
+
+def tasks(seeds: Sequence[int], scale: Scale, out: Path) -> list[Task]:
+    """All runs, one seed after the other, so that what is there so far compares all settings."""
+    return [
+        Task(setting, seed, scale, out) for seed in seeds for setting in settings(scale.kl_coefs)
+    ]
+
+
+def run_all(seeds: Sequence[int], scale: Scale, out: Path, jobs: int) -> list[Record]:
+    """Train what is missing and read every run; UserError as `train_all` raises it."""
+    every = tasks(seeds, scale, out)
+    train_all([task.run for task in every], jobs)
+    return [record_of(task) for task in every]
+
+
+def record_of(task: Task) -> Record:
+    """What a finished run leaves: its evaluations, its curves, and what it cost."""
+    run = task.run
+    epochs = read_metrics(run.folder / "metrics.jsonl")
+    evaluations = [
+        {"epoch": row["epoch"], **{name: row[key] for name, key in MEASURED.items()}}
+        for row in read_metrics(run.folder / "evaluation.jsonl")
+    ]
+    return {
+        "method": task.setting.method.name,
+        "kl_coef": task.setting.kl_coef,
+        "setting": task.setting.name,
+        "seed": task.seed,
+        "scale": asdict(task.scale),
+        "folder": run.folder.name,
+        "start": evaluations[0],
+        "end": evaluations[-1],
+        "evaluations": evaluations,
+        "curves": {name: [row.get(key) for row in epochs] for name, key in CURVES.items()},
+        "gated": fmean(row["gate/share"] for row in epochs),
+        "resets": sum(row["reference/reset"] for row in epochs),
+        "seconds": median(row["time/epoch"] for row in epochs),
+    }

@@ -1,0 +1,1 @@
+"""Counting beyond the pretraining range: accuracy of the base, GRPO and GARDO by count."""

@@ -1,0 +1,30 @@
+"""``python -m gardo.experiments.counting``: does counting reach beyond what was shown?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gardo import cli
+from gardo.experiments.command import parse
+
+DESCRIPTION = "Accuracy by count of the base, GRPO and GARDO, beyond the pretraining range."
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what is missing, then write tables and the figure. Returns 0."""
+    options = parse(arguments, "counting", DESCRIPTION, seeds=[0, 1, 2])
+
+    # imported here, so that --help answers at once
+    from gardo.experiments.counting.results import draw, summarize, write
+    from gardo.experiments.counting.run import FULL, QUICK, run_all
+
+    scale = QUICK if options.quick else FULL
+    summary = summarize(run_all(options.seeds, scale, options.out, options.jobs), scale)
+    print(write(options.out, summary))
+    draw(summary, options.out / "counting.png")
+    cli.tell(f"written to {options.out}")
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    cli.run(main)
