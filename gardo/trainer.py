@@ -98,7 +98,7 @@ class Trainer:
         self.algorithm = algorithm(
             config.algorithm, train, self.sampler, self.adapters, self.optimizer, runtime
         )
-        self.health = Health(config.health, runtime)
+        self.health = Health(config, runtime)
         self.guarded_update = GuardedUpdates(self.algorithm, self.health)
         self.adaptive_reference = AdaptiveReference(config.algorithm.reference)
         self.evaluator = HeldOutEvaluator(

@@ -78,8 +78,10 @@ class GuardedUpdates:
         )
         if not found:
             dump += " (going through it again gave finite numbers: suspect the hardware)"
+        count = self.health.skipped_in_a_row
+        updates = "1 update was" if count == 1 else f"{count} updates in a row were"
         return (
-            f"{self.health.skipped_in_a_row} updates in a row were left out, the last one "
+            f"{updates} left out, the last one "
             f"(epoch {epoch}, update {index}) for {outcome.value}. {dump}. Weights and earlier "
             "checkpoints are as they were. Try a smaller train.learning_rate or "
             "algorithm.adv_clip, precision bf16 or fp32 instead of fp16, from an earlier "

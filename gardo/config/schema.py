@@ -312,26 +312,28 @@ class HealthConfig(Section):
     stop_on: Annotated[list[Alarm], BeforeValidator(as_names)] = key(
         [], "alarms, named as the keys below, that stop the run; all others only warn"
     )
-    patience: Positive = key(1, "epochs in a row that a threshold is reached before its alarm")
+    patience: Positive = key(3, "epochs in a row that a threshold is reached before its alarm")
     ratio: PositiveFloat | None = key(
         0.01, "alarm: max |ratio - 1| of an epoch's first update, where only rounding is; null: off"
     )
-    ratio_mean: PositiveFloat | None = key(0.5, "alarm: mean |ratio - 1| of an epoch")
-    clip_fraction: Share | None = key(0.95, "alarm: share of the ratios outside clip_range")
+    ratio_mean: PositiveFloat | None = key(0.1, "alarm: mean |ratio - 1| of an epoch")
+    clip_fraction: Share | None = key(
+        0.9, "alarm: share of ratios outside clip_range in the updates after an epoch's first"
+    )
     kl: PositiveFloat | None = key(0.1, "alarm: mean KL of the gated samples")
     grad_norm: PositiveFloat | None = key(100.0, "alarm: mean gradient norm before clipping")
     reward_drop: PositiveFloat | None = key(
-        1.5,
+        1.0,
         "alarm: fall of the proxy's mean below that of the first epoch, in standard deviations of "
         "that epoch's samples",
     )
-    reward_rise: PositiveFloat | None = key(4.0, "alarm: its rise, likewise")
+    reward_rise: PositiveFloat | None = key(5.0, "alarm: its rise, likewise")
     missing: Share | None = key(0.05, "alarm: share of samples that a reward could not score")
     diversity: Share | None = key(
         0.5, "collapse alarm: nearest-neighbour distance as a share of the first epoch's"
     )
     image_variance: Share | None = key(
-        0.25, "collapse alarm: variance of the images of a prompt as a share of the first epoch's"
+        0.5, "collapse alarm: variance of the images of a prompt as a share of the first epoch's"
     )
 
 

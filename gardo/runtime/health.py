@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gardo.config import HealthConfig
+from gardo.config import Config
 from gardo.runtime.process import Runtime
 from gardo.types import UserError
 
@@ -57,7 +57,7 @@ ALARMS = {
         "train.updates_per_epoch",
     ),
     "clip_fraction": Alarm(
-        "clip fraction",
+        "clip fraction of the updates after the first",
         "nearly every sample is clipped and teaches nothing; try a wider algorithm.clip_range, a "
         "smaller train.learning_rate or fewer train.updates_per_epoch",
     ),
@@ -108,8 +108,11 @@ class Health:
         say: tells the user a line.
     """
 
-    def __init__(self, config: HealthConfig, runtime: Runtime) -> None:
-        self.config, self.runtime = config, runtime
+    def __init__(self, config: Config, runtime: Runtime) -> None:
+        self.config, self.runtime = config.health, runtime
+        updates = config.train.updates_per_epoch
+        # before the first one nothing has moved, so that no ratio is outside of the range
+        self._clippable = (updates - 1) / updates if updates > 1 else 1.0
         self.folder = Path()
         self.say: Callable[[str], None] = lambda line: None
         self.skipped_in_a_row = 0
@@ -156,7 +159,8 @@ class Health:
         figures = self._agreed(_figures(metrics, scores))
         if not self._base:
             self._base = {name: figures[name] for name in (*_OF_BASE, "proxy", "proxy_std")}
-        values = {name: figures.get(name) for name in (*_MEASURED, "missing")}
+        values = {name: figures[name] for name in (*_MEASURED, "missing")}
+        values["clip_fraction"] = _ratio(figures["clip_fraction"], self._clippable)
         values |= {name: _ratio(figures[name], self._base[name]) for name in _OF_BASE}
         rise = None
         if figures["proxy"] is not None and self._base["proxy"] is not None:

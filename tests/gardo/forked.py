@@ -217,7 +217,91 @@ def fail(where: str, count: int, kind: str) -> None:
     _before(owner, function, count, {"oom": oom, "unavailable": unavailable}[kind])
 
 
-HOOKS = {f.__name__: f for f in (die_while_saving, disk_full, signals, fail)}
+def not_finite(updates: list[list[int]], what: str, rank: int = 0) -> None:
+    """The loss, or the gradients alone, of some ``[epoch, update]`` are not finite on a rank.
+
+    It is the second batch of the update, if there is one, and only at its first trained step.
+    """
+    import torch
+
+    from gardo.algorithms.grpo import GRPO
+    from gardo.algorithms.guard import GuardedUpdates
+    from gardo.algorithms.nft import NFT
+
+    class Infinite(torch.autograd.Function):
+        @staticmethod
+        def forward(context, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * torch.inf
+
+    now = [None]
+    update = GuardedUpdates.__call__
+
+    def noted(self, epoch, data, index, stats):
+        now[:] = [[epoch, index], data.rollout.plan.updates[index]]
+        return update(self, epoch, data, index, stats)
+
+    GuardedUpdates.__call__ = noted
+
+    def broken(owner):
+        function = owner._loss
+
+        def loss(self, data, batch, step_index, kl_coef):
+            out = function(self, data, batch, step_index, kl_coef)
+            rows = now[1]
+            last = int(batch.rows[0]) + len(batch.rows) >= rows.stop
+            if now[0] in updates and step_index == 0 and last and self.runtime.rank == rank:
+                value = out.loss * torch.nan if what == "loss" else Infinite.apply(out.loss)
+                return out._replace(loss=value)
+            return out
+
+        owner._loss = loss
+
+    broken(GRPO)
+    broken(NFT)
+
+
+def leave_out(updates: list[list[int]]) -> None:
+    """Some ``[epoch, update]`` do not happen."""
+    from gardo.algorithms.guard import GuardedUpdates
+
+    update = GuardedUpdates.__call__
+
+    def some(self, epoch, data, index, stats):
+        return [epoch, index] not in updates and update(self, epoch, data, index, stats)
+
+    GuardedUpdates.__call__ = some
+
+
+def collapse(epoch: int) -> None:
+    """From an epoch on the policy heads for one and the same image, whatever prompt and noise."""
+    import gardo.trainer
+    from gardo.models.base import Velocity
+    from gardo.models.sd3 import SD3Model
+
+    velocity, run_epoch, now = SD3Model.velocity, gardo.trainer.Trainer.run_epoch, [0]
+
+    def noted(self, number):
+        now[0] = number
+        return run_epoch(self, number)
+
+    def collapsed(self, latents, timesteps, *rest):
+        out = velocity(self, latents, timesteps, *rest)
+        if now[0] < epoch:
+            return out
+        share = (timesteps / 1000).reshape(-1, *[1] * (latents.dim() - 1))
+        return Velocity((latents - 0.1) / share + 0 * out.cond, None)
+
+    gardo.trainer.Trainer.run_epoch, SD3Model.velocity = noted, collapsed
+
+
+HOOKS = {
+    f.__name__: f
+    for f in (die_while_saving, disk_full, signals, fail, not_finite, leave_out, collapse)
+}
 
 if __name__ == "__main__":
     serve()

@@ -128,6 +128,26 @@ CONTRADICTIONS = [
     train("--resume --overwrite=true", "--resume", "--overwrite true would delete"),
     train("--prompts.generator=null", "expected prompts.path, prompts.dataset or", "got none"),
 ]
+HEALTH = [
+    train("--health.kll=1", "unknown key 'health.kll'", "did you mean 'health.kl'?"),
+    train("--health.max_skipped_in_a_row=0", "health.max_skipped_in_a_row", "equal to 1", "got 0"),
+    train("--health.patience=1.5", "health.patience", "expected a valid integer", "1.5"),
+    train("--health.kl=0", "health.kl", "expected greater than 0", "got 0"),
+    train("--health.grad_norm=.inf", "health.grad_norm", "expected a finite number", "inf"),
+    train("--health.diversity=1.2", "health.diversity", "less than or equal to 1", "1.2"),
+    train("--health.stop_on=divesity", "health.stop_on: expected 'ratio'", "'divesity'"),
+    train("--health.stop_on=kl --health.kl=null", "health.stop_on: 'kl' is off", "health.kl"),
+    train("--health.stop_on=kl --algorithm.kl_coef=0", "'kl' is not measured", "kl_coef"),
+    train(
+        "--health.stop_on=diversity --rewards.features=null --algorithm.diversity=false",
+        *("health.stop_on: 'diversity' needs rewards.features",),
+    ),
+    train(
+        "--health.stop_on=ratio --algorithm.name=nft --sampling.same_latent=false",
+        *("health.stop_on: nft has no ratio", "'ratio'"),
+    ),
+    train("--health=3", "health: expected a section with keys", "3"),
+]
 PROMPTS = [
     train("--prompts.path=missing.txt", "prompt file 'missing.txt' does not exist"),
     train("--prompts.path=empty.txt", "prompt file 'empty.txt'", "at least one prompt", "empty"),
@@ -263,7 +283,7 @@ ENVIRONMENT = [
     ),
 ]
 CASES = [
-    *(*CONFIGURATION, *SPLITS, *CONTRADICTIONS, *PROMPTS, *MODELS, *REWARDS),
+    *(*CONFIGURATION, *SPLITS, *CONTRADICTIONS, *HEALTH, *PROMPTS, *MODELS, *REWARDS),
     *(*FOLDERS, *CHECKPOINTS, *ENVIRONMENT),
 ]
 
