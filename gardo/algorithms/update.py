@@ -16,11 +16,10 @@ from torch import Tensor
 from gardo.algorithms.reference import RowVelocities
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.config import AlgorithmConfig, TrainConfig
-from gardo.models.adapters import POLICY, Adapters, FullCopies
+from gardo.models.adapters import POLICY, Adapters
 from gardo.models.base import Schedule
 from gardo.runtime.health import Outcome
 from gardo.runtime.process import Runtime
-from gardo.runtime.state_tensors import whole
 from gardo.sampling.plan import EpochPlan, padded_rows
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.sampling.trajectory import Conditioning
@@ -105,7 +104,7 @@ class Algorithm(ABC):
         """
         self._accumulate_gradients(data, index, stats)
         accelerator = self.runtime.accelerator
-        norm = whole(accelerator.clip_grad_norm_(self.parameters, self.train.max_grad_norm))
+        norm = accelerator.clip_grad_norm_(self.parameters, self.train.max_grad_norm)
         outcome = self._outcome(stats.losses_finite(), norm)
         if outcome is Outcome.MADE:
             self.optimizer.step()
@@ -155,20 +154,6 @@ class Algorithm(ABC):
             self._probe(loss, batch, step_index)
         else:
             self.runtime.accelerator.backward(loss)
-
-    @contextmanager
-    def _gradients(self, last: bool) -> Iterator[None]:
-        """A forward and backward; the gradients of an update are reduced over processes in its last.
-
-        Fully fine-tuned and sharded, they are in each: until then every process would hold all of
-        them, which is what sharding avoids.
-        """
-        kept_whole = self.runtime.sharded and isinstance(self.adapters, FullCopies)
-        if last or kept_whole or self._probe is not None:
-            yield
-            return
-        with self.runtime.accelerator.no_sync(self.sampler.model.module):
-            yield
 
     @abstractmethod
     def contents(self, data: EpochData, batch: MicroBatch, step_index: int) -> dict[str, Tensor]:

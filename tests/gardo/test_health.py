@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gardo.algorithms.update import Algorithm, UpdateStats
+from gardo.algorithms.update import UpdateStats
 from gardo.config import load_config
 from gardo.runtime.health import Outcome
 from gardo.runtime.process import Runtime
