@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from gardo.runtime.progress import EpochProgress
 from gardo.runtime.resume import ResumePoint
 from gardo.runtime.rng import derive_seed, seed_everything
 from gardo.runtime.run_folder import RunFolder, peak_memory_bytes
+from gardo.runtime.sharding import refuse_with_sharding
 from gardo.runtime.state_tensors import pack_optimizer, to_host, unpack_optimizer
 from gardo.runtime.trackers import Trackers
 from gardo.sampling.graph import GraphedTrajectories, use_graphs
@@ -50,7 +52,9 @@ class Trainer:
     def __init__(self, config: Config, runtime: Runtime) -> None:
         self.config = config
         self.runtime = runtime
-        graphs = use_graphs(config.sampling.cuda_graph, runtime.device)
+        if runtime.sharded:
+            refuse_with_sharding(config.model.compile)
+        graphs = use_graphs(config.sampling.cuda_graph, runtime.device, runtime.sharded)
         prompts = load_prompts(config.prompts)
         self.rewards = RewardSet(config.rewards, runtime.device)
         self.rewards.check_prompts(prompts)
@@ -60,27 +64,26 @@ class Trainer:
         self.embeddings = EmbeddingTable(
             self.model, [p.text for p in prompts], cache=embedding_cache(config)
         )
-        self.model.release_text_encoders()
+        self.model.release_text_encoders(place_transformer=not runtime.sharded)
 
         algorithm: type[Algorithm] = NFT if config.algorithm.name == "nft" else GRPO
         names = (POLICY, REFERENCE, BEHAVIOUR)[: 3 if algorithm is NFT else 2]
         self.adapters = build_adapters(
             self.model, config.model, derive_seed(config.seed, "lora"), names
         )
-        policy = self.adapters.parameters(POLICY)
         train = config.train
         self.optimizer = torch.optim.AdamW(
-            policy.values(),
+            self.adapters.parameters(POLICY).values(),
             lr=train.learning_rate,
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_eps,
             weight_decay=train.weight_decay,
             fused=train.fused_optimizer or None,
         )
-        self.model.module, self.optimizer = runtime.accelerator.prepare(
-            self.model.transformer, self.optimizer
-        )
-        self.ema = EMA(policy, train) if train.ema else None
+        self.model.module, self.optimizer = runtime.prepare(self.model.transformer, self.optimizer)
+        if runtime.sharded:
+            self.adapters.take_shards(runtime.shard)
+        self.ema = EMA(self.adapters.parameters(POLICY), train) if train.ema else None
         self.graphs = GraphedTrajectories() if graphs else None
         self.sampler = Sampler(
             self.model,
@@ -102,7 +105,14 @@ class Trainer:
         self.guarded_update = GuardedUpdates(self.algorithm, self.health)
         self.adaptive_reference = AdaptiveReference(config.algorithm.reference)
         self.evaluator = HeldOutEvaluator(
-            config, self.model, self.embeddings, self.rewards, prompts, self.resolution, self.graphs
+            config,
+            self.model,
+            self.embeddings,
+            self.rewards,
+            prompts,
+            self.resolution,
+            self.graphs,
+            runtime,
         )
 
     def train(self, folder: RunFolder) -> None:
@@ -281,13 +291,16 @@ class Trainer:
         }
 
     def state_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The tensors of the state, copied to the host."""
-        groups = {name: self.adapters.state_dict(name) for name in self.adapters.names}
+        """The tensors of the state, copied to the main process's host; all processes call this."""
+        groups: dict[str, Mapping[str, torch.Tensor]] = {
+            name: self.adapters.parameters(name) for name in self.adapters.names
+        }
         if self.ema is not None:
             groups["ema"] = self.ema.state_dict()
+        keep, names = self.runtime.is_main, list(self.adapters.parameters())
         return {
-            **{name: to_host(tensors) for name, tensors in groups.items()},
-            "optimizer": pack_optimizer(self.optimizer, list(self.adapters.parameters())),
+            **{name: to_host(tensors, keep) for name, tensors in groups.items()},
+            "optimizer": pack_optimizer(self.optimizer, names, keep),
         }
 
     def load_state(self, state: TrainingState) -> None:
@@ -326,13 +339,11 @@ class Trainer:
 
     def export(self, folder: RunFolder) -> None:
         """Write the policy (its average, if there is one) for plain diffusers, and the summary."""
+        averaged = nullcontext() if self.ema is None else self.ema.swapped_in()
+        with averaged:
+            self.adapters.export(self.model, str(folder.export), folder.is_main)
         if not folder.is_main:
             return
-        if self.ema is not None:
-            with self.ema.swapped_in():
-                self.adapters.export(self.model, str(folder.export))
-        else:
-            self.adapters.export(self.model, str(folder.export))
         rows = read_metrics(folder.path / "evaluation.jsonl", ignore_unfinished=True)
         write_model_card(folder.export, self.config, self.model.family, rows)
         trainable = sum(p.numel() for p in self.adapters.parameters().values())

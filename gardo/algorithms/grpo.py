@@ -55,7 +55,14 @@ class GRPO(Algorithm):
         )
         shaped = self.penalised(shaped, rollout.plan)
         before = self.sampler.model.rows
-        reference = reference_pass(self.sampler, self.adapters, rollout, shaped.gated_rows, steps)
+        reference = reference_pass(
+            self.sampler,
+            self.adapters,
+            rollout,
+            shaped.gated_rows,
+            steps,
+            runtime=self.runtime,
+        )
         ratio_norm = None
         if self.algorithm.ratio_norm == "guard":
             sizes = (schedule.sigmas[:-1] - schedule.sigmas[1:]).tolist()
@@ -74,15 +81,19 @@ class GRPO(Algorithm):
         plan = data.rollout.plan
         size, share = plan.update_sizes[index], 1 / len(data.steps)
         batch_size = plan.batch_size(self.train.batch_size)
-        for rows in plan.batches(index, batch_size):
+        batches = plan.batches(index, batch_size)
+        last = len(batches) - 1, len(data.steps) - 1
+        for number, rows in enumerate(batches):
             self.runtime.stop_point()
             batch = MicroBatch.take(data, self.sampler, rows, batch_size)
             kl_weight = self.kl_weight(data, index, rows)
             # gradients are averaged over processes, and the kernel averages over the batch
             weight = len(batch.rows) * self.runtime.world_size / size * share
             for step_index in range(len(data.steps)):
-                out = self._loss(data, batch, step_index, self.algorithm.kl_coef * kl_weight * size)
-                self._backward(out.loss * weight, batch, step_index)
+                kl_coef = self.algorithm.kl_coef * kl_weight * size
+                with self._gradients((number, step_index) == last):
+                    out = self._loss(data, batch, step_index, kl_coef)
+                    self._backward(out.loss * weight, batch, step_index)
                 # padding adds nothing to a loss, so sums over the batch are those of its samples
                 count = len(batch.rows) * share
                 stats.add(

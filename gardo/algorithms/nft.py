@@ -67,13 +67,19 @@ class NFT(Algorithm):
         timesteps = schedule.timesteps[chosen].to(device)
         steps = range(len(chosen))
         add_noise(rollout, t, self.sampler.batch_size, seed, epoch)
-        behaviour, everyone = None, range(len(rollout))
-        if len(rollout):
-            with self.adapters.use(BEHAVIOUR):
-                behaviour = velocity_pass(self.sampler, rollout, everyone, steps, timesteps)
+        with self.adapters.use(BEHAVIOUR):
+            behaviour = velocity_pass(
+                self.sampler, rollout, range(len(rollout)), steps, timesteps, self.runtime
+            )
         before = self.sampler.model.rows
         reference = reference_pass(
-            self.sampler, self.adapters, rollout, shaped.gated_rows, steps, timesteps
+            self.sampler,
+            self.adapters,
+            rollout,
+            shaped.gated_rows,
+            steps,
+            timesteps,
+            self.runtime,
         )
         return NFTData(
             rollout,
@@ -92,7 +98,9 @@ class NFT(Algorithm):
         plan, config = data.rollout.plan, self.algorithm
         size, share = plan.update_sizes[index], 1 / len(data.steps)
         batch_size = plan.batch_size(self.train.batch_size)
-        for rows in plan.batches(index, batch_size):
+        parts = plan.batches(index, batch_size)
+        last = len(parts) - 1, len(data.steps) - 1
+        for number, rows in enumerate(parts):
             self.runtime.stop_point()
             batch = MicroBatch.take(data, self.sampler, rows, batch_size)
             kl_weight = self.kl_weight(data, index, rows)
@@ -101,8 +109,9 @@ class NFT(Algorithm):
             # gradients are averaged over processes
             weight = batch.size * self.runtime.world_size / size * share
             for k in data.steps:
-                out = self._loss(data, batch, k, kl_coef)
-                self._backward(out.loss * weight, batch, k)
+                with self._gradients((number, k) == last):
+                    out = self._loss(data, batch, k, kl_coef)
+                    self._backward(out.loss * weight, batch, k)
                 count = batch.size * share
                 stats.add(
                     out.policy_loss * count,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gardo.models.adapters import REFERENCE, Adapters
+from gardo.runtime.process import Runtime
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.sampling.steps import StepTable
 
@@ -37,16 +38,15 @@ def reference_pass(
     gated_rows: Sequence[int],
     steps: Sequence[int],
     timesteps: Tensor | None = None,
+    runtime: Runtime | None = None,
 ) -> RowVelocities | None:
     """Run the reference on the gated rows of an epoch, once, at every trained step.
 
     A gated share of f costs f of the forwards that an ungated pass would. Returns None if no row is
     gated. Arguments: see `velocity_pass`.
     """
-    if not gated_rows:
-        return None
     with adapters.use(REFERENCE):
-        return velocity_pass(sampler, rollout, gated_rows, steps, timesteps)
+        return velocity_pass(sampler, rollout, gated_rows, steps, timesteps, runtime)
 
 
 def velocity_pass(
@@ -55,32 +55,50 @@ def velocity_pass(
     some_rows: Sequence[int],
     steps: Sequence[int],
     timesteps: Tensor | None = None,
-) -> RowVelocities:
+    runtime: Runtime | None = None,
+) -> RowVelocities | None:
     """Velocities of the active policy on some rows of an epoch, at every trained step.
 
-    All (row, step) pairs are packed into full batches.
+    All (row, step) pairs are packed into full batches. Where weights are sharded, processes with
+    fewer rows join in the forwards of the others.
 
     Args:
-        some_rows: at least one row of the rollout.
+        some_rows: of the rollout.
         steps: entries of the rollout's latents.
         timesteps: ``[len(steps), n]``, what the model is told of each latent; None: the schedule's.
+        runtime: the processes that call this; None: this one alone.
+
+    Returns:
+        None without rows.
     """
     device, count = rollout.log_prob.device, len(some_rows)
-    # allocated outside inference mode, because training saves it for backward
+    trained = torch.tensor(steps, device=device)
+
+    def run(pairs: Sequence[tuple[int, int]]) -> Tensor:
+        k = torch.tensor([k for k, _ in pairs], device=device)
+        row = torch.tensor([r for _, r in pairs], device=device)
+        told = rollout.table.timesteps[trained[k]] if timesteps is None else timesteps[k, row]
+        velocities = sampler.velocity(
+            rollout.latents_at(trained[k], row), told, [rollout.prompts[r] for _, r in pairs]
+        )
+        return velocities.guided(sampler.cfg_scale)
+
+    pairs = [(k, row) for k in range(len(steps)) for row in some_rows]
+    starts = range(0, len(pairs), sampler.batch_size)
+    forwards = len(starts) if runtime is None else runtime.forwards(len(starts))
     velocity = torch.empty((len(steps), count, *sampler.latent_shape), device=device)
     flat = velocity.flatten(0, 1)
-    pairs = [(k, row) for k in range(len(steps)) for row in some_rows]
-    trained = torch.tensor(steps, device=device)
-    with torch.inference_mode():
-        for start in range(0, len(pairs), sampler.batch_size):
+    # no inference mode: weights that are brought together in it could not be trained afterwards
+    with torch.no_grad():
+        for start in starts:
             batch = pairs[start : start + sampler.batch_size]
-            k = torch.tensor([k for k, _ in batch], device=device)
-            row = torch.tensor([r for _, r in batch], device=device)
-            told = rollout.table.timesteps[trained[k]] if timesteps is None else timesteps[k, row]
-            velocities = sampler.velocity(
-                rollout.latents_at(trained[k], row), told, [rollout.prompts[r] for _, r in batch]
-            )
-            flat[start : start + len(batch)] = velocities.guided(sampler.cfg_scale)
+            flat[start : start + len(batch)] = run(batch)
+        rows = sampler.model.rows
+        for _ in range(len(starts), forwards):
+            run([(0, 0)])
+        sampler.model.rows = rows
+    if not count:
+        return None
     slot = torch.zeros(len(rollout), dtype=torch.int64, device=device)
     slot[torch.tensor(some_rows, device=device)] = torch.arange(count, device=device)
     return RowVelocities(velocity, slot)

@@ -16,10 +16,11 @@ from torch import Tensor
 from gardo.algorithms.reference import RowVelocities
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.config import AlgorithmConfig, TrainConfig
-from gardo.models.adapters import POLICY, Adapters
+from gardo.models.adapters import POLICY, Adapters, FullCopies
 from gardo.models.base import Schedule
 from gardo.runtime.health import Outcome
 from gardo.runtime.process import Runtime
+from gardo.runtime.state_tensors import whole
 from gardo.sampling.plan import EpochPlan, padded_rows
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.sampling.trajectory import Conditioning
@@ -104,7 +105,7 @@ class Algorithm(ABC):
         """
         self._accumulate_gradients(data, index, stats)
         accelerator = self.runtime.accelerator
-        norm = accelerator.clip_grad_norm_(self.parameters, self.train.max_grad_norm)
+        norm = whole(accelerator.clip_grad_norm_(self.parameters, self.train.max_grad_norm))
         outcome = self._outcome(stats.losses_finite(), norm)
         if outcome is Outcome.MADE:
             self.optimizer.step()
@@ -154,6 +155,20 @@ class Algorithm(ABC):
             self._probe(loss, batch, step_index)
         else:
             self.runtime.accelerator.backward(loss)
+
+    @contextmanager
+    def _gradients(self, last: bool) -> Iterator[None]:
+        """A forward and backward; only in an update's last are gradients reduced over processes.
+
+        With full fine-tuning and sharded weights they are in each, because before it every process
+        holds all of them, which is what sharding avoids.
+        """
+        kept_whole = self.runtime.sharded and isinstance(self.adapters, FullCopies)
+        if last or kept_whole or self._probe is not None:
+            yield
+            return
+        with self.runtime.accelerator.no_sync(self.sampler.model.module):
+            yield
 
     @abstractmethod
     def contents(self, data: EpochData, batch: MicroBatch, step_index: int) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,12 @@ from gardo.evaluation.metrics import feature_distance, mean_pairwise_distance
 from gardo.models.base import FlowModel
 from gardo.models.embeddings import EmbeddingTable
 from gardo.rewards.overlap import ScoringWorker
-from gardo.rewards.scoring import RewardSet, ScoreBook, reward_metrics
+from gardo.rewards.scoring import RewardSet, reward_metrics
 from gardo.runtime.images import caption
+from gardo.runtime.process import Runtime
 from gardo.runtime.rng import generator
 from gardo.sampling.graph import GraphedTrajectories
-from gardo.sampling.plan import batches
+from gardo.sampling.plan import shared_batches
 from gardo.sampling.rollout import Sampler
 from gardo.sampling.steps import step_table
 from gardo.tiny.scenes import parse_prompt, render
@@ -41,7 +42,10 @@ class Evaluation:
 
 
 class HeldOutEvaluator:
-    """Draws the same prompts from the same noise every time, so that only the policy differs."""
+    """Draws the same prompts from the same noise every time, so that only the policy differs.
+
+    Processes share the batches and all have the result, which is that of one process.
+    """
 
     def __init__(
         self,
@@ -52,8 +56,11 @@ class HeldOutEvaluator:
         prompts: Sequence[Prompt],
         resolution: int,
         graphs: GraphedTrajectories | None = None,
+        runtime: Runtime | None = None,
     ) -> None:
+        """``runtime`` are the processes that evaluate together; None: this one alone."""
         self.config = config.evaluation
+        self.runtime = runtime
         self.rewards = rewards
         self.device = model.device
         prompts = prompts[: self.config.max_prompts]
@@ -73,28 +80,53 @@ class HeldOutEvaluator:
         self.table = step_table(schedule, self.device, kind="ode", noise_level=0.0)
         self._real_features: Tensor | None = None
 
-    @torch.inference_mode()
+    @torch.no_grad()  # no inference mode: see `velocity_pass`
     def __call__(self) -> Evaluation:
         kept = []
         self.sampler.embeddings.stage([p.text for p in self.samples])
-        names, shown = self.rewards.all_names, min(self.config.grid_images, len(self.samples))
+        total, names = len(self.samples), self.rewards.all_names
+        shown = min(self.config.grid_images, total)
+        rank, size = (self.runtime.rank, self.runtime.world_size) if self.runtime else (0, 1)
+        mine, idle = shared_batches(total, self.sampler.batch_size, rank, size)
         with ScoringWorker(self.rewards, names, self.device) as worker:
-            for rows in batches(slice(0, len(self.samples)), self.sampler.batch_size):
-                some = self.samples[rows]
-                images = self._draw(rows, [p.text for p in some])
-                worker.submit(images, some)
+            for rows in mine:
+                images = self._draw(rows)
+                worker.submit(images, self.samples[rows])
                 kept.append(images[: max(0, shown - rows.start)].cpu())
+            if idle and self.runtime is not None and self.runtime.sharded:
+                self._draw(slice(0, 1))  # the forwards of the others wait for those of this process
             book = worker.collect()
+        ids = [i for rows in mine for i in range(rows.start, rows.stop)]
+        columns: dict[str, Tensor] = {}
         metrics: dict[str, float] = {}
         for name in names:
-            scores = book.scores(name)
-            self.rewards.check_missing(name, scores)
-            metrics |= reward_metrics(name, scores, book.seconds_per_image(name))
-        metrics |= self._feature_metrics(book.features())
-        return Evaluation(metrics, torch.cat(kept), self._captions(book, shown))
+            columns[name] = self._gather(book.scores(name) if mine else None, 1, ids, total)
+            self.rewards.check_missing(name, columns[name])
+            metrics |= reward_metrics(name, columns[name], book.seconds_per_image(name))
+        if self.rewards.features is not None:
+            metrics |= self._feature_metrics(self._gather(book.features(), 2, ids, total))
+        ids = [i for i in ids if i < shown]
+        pictures = self._gather(torch.cat(kept) if kept else None, 4, ids, shown).cpu()
+        return Evaluation(metrics, pictures, self._captions(columns, shown))
 
-    def _draw(self, rows: slice, prompts: Sequence[str]) -> Tensor:
-        steps = self.table.num_steps
+    def _gather(self, rows: Tensor | None, dims: int, ids: Sequence[int], total: int) -> Tensor:
+        """Rows ``[total, ...]`` of all processes by their ids; None where a process has none."""
+        if self.runtime is None or self.runtime.world_size == 1:
+            if rows is None:
+                raise ValueError("rows: expected a tensor, got None")
+            return rows
+        shape = torch.zeros(1, dims, dtype=torch.int64, device=self.device)
+        if rows is not None:
+            shape[0] = torch.tensor(rows.shape)
+        shape = self.runtime.accelerator.gather(shape).amax(0)
+        if rows is None:
+            rows = torch.empty(0, *shape[1:].tolist())
+        return self.runtime.gather(
+            rows.to(self.device), torch.tensor(ids, dtype=torch.int64), total
+        )
+
+    def _draw(self, rows: slice) -> Tensor:
+        steps, prompts = self.table.num_steps, [p.text for p in self.samples[rows]]
         latents = torch.empty(
             (steps + 1, len(prompts), *self.sampler.latent_shape), device=self.device
         )
@@ -103,9 +135,7 @@ class HeldOutEvaluator:
         self.sampler.run(self.table, prompts, latents)
         return self.sampler.model.decode(latents[-1])
 
-    def _feature_metrics(self, features: Tensor | None) -> dict[str, float]:
-        if features is None:
-            return {}
+    def _feature_metrics(self, features: Tensor) -> dict[str, float]:
         metrics = {"diversity/pairwise": float(mean_pairwise_distance(features, self.group_ids))}
         if self.config.reference_images == "shapes" and self.rewards.features is not None:
             if self._real_features is None:
@@ -115,9 +145,9 @@ class HeldOutEvaluator:
             metrics["feature_distance"] = float(feature_distance(features, self._real_features))
         return metrics
 
-    def _captions(self, book: ScoreBook, shown: int) -> list[str]:
+    def _captions(self, scores: Mapping[str, Tensor], shown: int) -> list[str]:
         names = self.rewards.training_names
-        columns = [book.scores(name)[:shown].tolist() for name in names]
+        columns = [scores[name][:shown].tolist() for name in names]
         return [
             caption(prompt.text, dict(zip(names, scores, strict=True)))
             for prompt, *scores in zip(self.samples[:shown], *columns, strict=True)

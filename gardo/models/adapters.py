@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gardo.config import ModelConfig
 from gardo.models.base import FlowModel
+from gardo.runtime.state_tensors import sharded_like, to_host, whole
 from gardo.types import UserError
 
 POLICY, REFERENCE, BEHAVIOUR = "policy", "reference", "old"
@@ -76,9 +77,17 @@ class LoraAdapters:
         """Parameters of an adapter by a name that is the same for all adapters."""
         return self._parameters[adapter]
 
+    def take_shards(self, shard: Callable[[nn.Module], Any]) -> None:
+        """The transformer was sharded, which replaced its parameters."""
+        self._parameters = {name: dict(self._named(name)) for name in self._parameters}
+
     def activate(self, adapter: str) -> None:
         for layer in self._layers:
             layer.set_adapter(adapter, inference_mode=adapter != POLICY)
+        # the policy always asks for gradients: sharding decides by its first forward which
+        # parameters are trained, and that may be another adapter's
+        for parameter in self._parameters[POLICY].values():
+            parameter.requires_grad_(True)
 
     @contextmanager
     def use(self, adapter: str) -> Iterator[None]:
@@ -95,21 +104,22 @@ class LoraAdapters:
         _blend(self.parameters(source), self.parameters(target), keep)
 
     def state_dict(self, adapter: str) -> dict[str, Tensor]:
-        """Detached copies of an adapter's weights."""
-        return {n: p.detach().clone() for n, p in self._parameters[adapter].items()}
+        """Detached copies of an adapter's weights, whole; all processes call this."""
+        return _copies(self._parameters[adapter])
 
     @torch.no_grad()
     def load_state_dict(self, adapter: str, state: Mapping[str, Tensor]) -> None:
         """Load weights saved by `state_dict`; ValueError names what does not fit."""
         load_exactly(self._parameters[adapter], state, f"adapter '{adapter}'")
 
-    def export(self, model: FlowModel, folder: str) -> None:
-        """Write the policy as diffusers' ``pytorch_lora_weights.safetensors``."""
-        weights = {
-            name: parameter.detach().cpu().contiguous()
-            for name, parameter in self._parameters[POLICY].items()
-        }
-        model.save_lora(folder, weights, _plain_config(self.peft_config))
+    def export(self, model: FlowModel, folder: str, write: bool = True) -> None:
+        """Write the policy as diffusers' ``pytorch_lora_weights.safetensors``.
+
+        All processes call this; ``write`` on the one that writes.
+        """
+        weights = to_host(self._parameters[POLICY], write)
+        if write:
+            model.save_lora(folder, weights, _plain_config(self.peft_config))
 
 
 class FullCopies:
@@ -121,6 +131,8 @@ class FullCopies:
     def __init__(self, model: FlowModel, names: Sequence[str]) -> None:
         self.transformer = cast(Any, model.transformer)
         self._model = model
+        self._class = type(self.transformer)  # sharding changes it
+        self._sharded = False
         self.transformer.float().requires_grad_(True)
         self._modules = {POLICY: self.transformer}
         for name in names:
@@ -134,6 +146,13 @@ class FullCopies:
 
     def parameters(self, adapter: str = POLICY) -> dict[str, nn.Parameter]:
         return dict(self._modules[adapter].named_parameters())
+
+    def take_shards(self, shard: Callable[[nn.Module], Any]) -> None:
+        """The transformer was sharded; shard its companions, too."""
+        self._sharded = True
+        for name, module in self._modules.items():
+            if name != POLICY:
+                shard(module)
 
     @contextmanager
     def use(self, adapter: str) -> Iterator[None]:
@@ -150,15 +169,23 @@ class FullCopies:
         _blend(self.parameters(source), self.parameters(target), keep)
 
     def state_dict(self, adapter: str) -> dict[str, Tensor]:
-        return {n: t.detach().clone() for n, t in self.parameters(adapter).items()}
+        return _copies(self.parameters(adapter))
 
     @torch.no_grad()
     def load_state_dict(self, adapter: str, state: Mapping[str, Tensor]) -> None:
         load_exactly(self.parameters(adapter), state, f"weights of '{adapter}'")
 
-    def export(self, model: FlowModel, folder: str) -> None:
-        """Write the policy's transformer as diffusers' own folder."""
-        self.transformer.save_pretrained(f"{folder}/transformer")
+    def export(self, model: FlowModel, folder: str, write: bool = True) -> None:
+        """Write the policy's transformer as diffusers' own folder; see `LoraAdapters.export`."""
+        module = self.transformer
+        weights = to_host(module.state_dict(), write) if self._sharded else {}
+        if not write:
+            return
+        if self._sharded:
+            with torch.device("meta"):
+                module = self._class.from_config(module.config)
+            module.load_state_dict(weights, assign=True)
+        module.save_pretrained(f"{folder}/transformer")
 
 
 Adapters = LoraAdapters | FullCopies
@@ -176,6 +203,10 @@ def build_adapters(
     return LoraAdapters(model, config, seed, names)
 
 
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+
+
 def _blend(source: Mapping[str, Tensor], target: Mapping[str, Tensor], keep: float) -> None:
     for name, tensor in target.items():
         if keep:
@@ -185,7 +216,10 @@ def _blend(source: Mapping[str, Tensor], target: Mapping[str, Tensor], keep: flo
 
 
 def load_exactly(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """Copy a state dict into parameters of the same names and shapes, or raise ValueError."""
+    """Copy a state dict into parameters of the same names and shapes, or raise ValueError.
+
+    Parameters may be sharded; the state is whole then, or sharded like them.
+    """
     if parameters.keys() != state.keys():
         missing, extra = parameters.keys() - state.keys(), state.keys() - parameters.keys()
         raise ValueError(
@@ -198,7 +232,7 @@ def load_exactly(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], 
                 f"{what}: '{name}': expected shape {tuple(parameter.shape)}, "
                 f"got {tuple(state[name].shape)}"
             )
-        parameter.copy_(state[name])
+        parameter.copy_(sharded_like(state[name], parameter))
 
 
 def _is_lora_layer(module: nn.Module) -> bool:

@@ -89,8 +89,10 @@ class FlowModel(Protocol):
         """Decode latents to images ``[B, 3, H, W]`` float32 in [0, 1]."""
         ...
 
-    def release_text_encoders(self) -> None:
+    def release_text_encoders(self, place_transformer: bool = True) -> None:
         """Free the text encoders and bring what is left to the device.
+
+        The transformer can stay where it is, to be brought there in shards.
 
         `encode_prompts` cannot be called afterwards, `velocity` and `decode` not before.
         """

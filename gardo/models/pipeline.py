@@ -33,9 +33,10 @@ class PipelineModel:
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
-    def place(self) -> None:
+    def place(self, transformer: bool = True) -> None:
         """Bring transformer and VAE to the device."""
-        self.transformer.to(self.device)
+        if transformer:
+            self.transformer.to(self.device)
         self.pipeline.vae.to(self.device)
 
     def place_text_encoders(self) -> None:
@@ -52,12 +53,12 @@ class PipelineModel:
                 )
             encoder.to(self.device)
 
-    def release_text_encoders(self) -> None:
+    def release_text_encoders(self, place_transformer: bool = True) -> None:
         for name in self.text_encoders:
             setattr(self.pipeline, name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.place()
+        self.place(place_transformer)
 
     def compile_blocks(self) -> None:
         """torch.compile each transformer block, which compiles once for all blocks of a kind."""

@@ -53,7 +53,8 @@ class Keeper:
         Args:
             files: what must be on the disk before a checkpoint is.
             values: the JSON part of the trainer's state.
-            tensors: the tensors of the trainer's state, copied to the host.
+            tensors: the tensors of the trainer's state, copied to the main process's host; all
+                processes call it.
             say: tells the user something.
         """
         self.config, self.runtime, self.folder = config, runtime, folder
@@ -81,7 +82,7 @@ class Keeper:
         """
         tensors = self._tensors() if self.config.checkpoint.snapshot else {}
         self._state = TrainingState(epoch, tensors, {**self._values(), "evaluated": None})
-        self._has_tensors, self._moved = bool(tensors), False
+        self._has_tensors, self._moved = self.config.checkpoint.snapshot, False
         self._scores = dict(row)
         if saved:
             self._saved = epoch

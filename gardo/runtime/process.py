@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gardo.runtime.sharding import FALSE, TRUE, shard, shard_on_cpu, sharding_plugin
 from gardo.runtime.signals import StopRequest
 from gardo.types import UserError
 
@@ -29,16 +30,20 @@ class Runtime:
 
         mixed = {"fp32": "no"}.get(precision, precision)
         check_launch(os.environ)
+        plugin = sharding_plugin(os.environ)
         try:
             self.accelerator: Any = Accelerator(
                 cpu=resolved == "cpu",
                 mixed_precision=mixed,
+                fsdp_plugin=plugin,
                 # buffers are tables that never change; sharing them would make every forward wait
                 kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             )
         except ValueError as error:  # variables such as ACCELERATE_USE_CPU
             raise UserError(f"accelerate refuses its environment variables: {error}") from error
         self.device: torch.device = self.accelerator.device
+        if plugin is not None and self.device.type == "cpu" and self.world_size > 1:
+            shard_on_cpu(self.accelerator, plugin)
         self.stop = StopRequest()
 
     @property
@@ -52,6 +57,31 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are split over the processes; each forward then waits for all others."""
+        return bool(self.accelerator.is_fsdp2)
+
+    def prepare(self, module: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+        """What trains instead of the module and its optimizer; sharding replaces parameters."""
+        if self.sharded:
+            return module, shard(self.accelerator, module, optimizer)
+        wrapped: tuple[Any, Any] = self.accelerator.prepare(module, optimizer)
+        return wrapped
+
+    def shard(self, module: nn.Module) -> None:
+        """Shard, in place, a module that is not trained."""
+        shard(self.accelerator, module)
+
+    def forwards(self, count: int) -> int:
+        """How many forwards to make for the ``count`` that this process needs.
+
+        Where weights are sharded it is the largest count of all processes, which all call this.
+        """
+        if not self.sharded or self.world_size == 1:
+            return count
+        return int(self.max(torch.tensor(count, device=self.device)))
 
     def wait(self) -> None:
         """Wait until all processes are here."""
@@ -134,7 +164,7 @@ class Runtime:
         return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
-_FLAGS = ("1", "0", "true", "false", "yes", "no", "on", "off", "y", "n", "t", "f")
+_FLAGS = (*TRUE, *FALSE)
 
 
 def check_launch(environment: Mapping[str, str]) -> None:

@@ -98,14 +98,23 @@ def copy_inputs(source: Trajectory, target: Trajectory) -> None:
         tensor.copy_(new[name])
 
 
-def use_graphs(mode: str, device: torch.device) -> bool:
-    """Whether ``sampling.cuda_graph`` asks for graphs here. UserError for ``on`` without a GPU."""
+def use_graphs(mode: str, device: torch.device, sharded: bool = False) -> bool:
+    """Whether ``sampling.cuda_graph`` asks for graphs here; ``auto``: on a GPU with whole weights.
+
+    Raises:
+        UserError: ``on`` without a GPU, or with sharded weights.
+    """
+    if mode == "on" and sharded:
+        raise UserError(
+            "sampling.cuda_graph: 'on' needs whole weights on each GPU, and FSDP brings them "
+            "together in every forward; use auto or off"
+        )
     if mode == "on" and device.type != "cuda":
         raise UserError(
             f"sampling.cuda_graph: 'on' needs a CUDA device, and this run is on {device.type}; "
             "use auto or off"
         )
-    return mode != "off" and device.type == "cuda"
+    return mode != "off" and device.type == "cuda" and not sharded
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -91,6 +91,21 @@ def batches(rows: slice, batch_size: int) -> list[slice]:
     ]
 
 
+def shared_batches(
+    count: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> tuple[list[slice], int]:
+    """Deal out the batches of ``count`` rows to the processes in turn.
+
+    The batches are those of one process, so that results are, too.
+
+    Returns:
+        this process's batches, and how many fewer these are than those of the first process.
+    """
+    every = batches(slice(0, count), batch_size)
+    mine = every[rank::world_size]
+    return mine, len(every[::world_size]) - len(mine)
+
+
 def padded_rows(rows: slice, batch_size: int, device: torch.device) -> Tensor:
     """Indices of a batch, filled up to ``batch_size`` by repeating its last row.
 
