@@ -115,8 +115,8 @@ def markdown(summary: dict[str, Any]) -> str:
         "# Results of the ablation",
         "",
         "Written by `python -m gardo.experiments.ablation`; what it means, and the protocol, are",
-        f"in `docs/experiments/ablation.md`. After {scale['epochs']} epochs of 8 prompts x "
-        f"{scale['group_size']} samples;",
+        f"in `docs/experiments/ablation.md`. After {scale['epochs']} epochs of "
+        f"{scale['groups']} prompts x {scale['group_size']} samples;",
         f"mean ± standard deviation over the seeds {seeds}; {4 * scale['prompts']} images each,",
         f"ten steps without noise; torch {summary['torch']}. *hacked*: seeds in which the proxy",
         "rose and `strict_count` fell. *frontier*: no other setting is better in both.",

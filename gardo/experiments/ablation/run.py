@@ -38,14 +38,16 @@ class Scale:
     """How much is run; the same compute for every method.
 
     Attributes:
+        groups: prompts per epoch.
         evaluations: held-out evaluations after the one at the start.
         prompts: how many of the 40 prompts are judged, four images each.
     """
 
-    epochs: int = 24
+    epochs: int = 20
+    groups: int = 6
     group_size: int = 12
-    kl_coefs: tuple[float, ...] = (0.03, 0.1, 0.3)
-    evaluations: int = 3
+    kl_coefs: tuple[float, ...] = (0.1, 0.3, 1.0)
+    evaluations: int = 2
     prompts: int = 40
 
     @property
@@ -53,6 +55,7 @@ class Scale:
         """What the experiment changes in the recipe ``tiny``, for every method alike."""
         return {
             "epochs": str(self.epochs),
+            "prompts.per_epoch": str(self.groups),
             "prompts.group_size": str(self.group_size),
             "rewards.parameters": "{count: {color_weight: 8.0}}",
             "train.learning_rate": "2e-3",
@@ -64,7 +67,7 @@ class Scale:
 
 
 FULL = Scale()
-QUICK = Scale(epochs=3, group_size=4, kl_coefs=(0.1,), evaluations=1, prompts=8)
+QUICK = Scale(epochs=3, groups=4, group_size=4, kl_coefs=(0.1,), evaluations=1, prompts=8)
 
 
 @dataclass(frozen=True)
