@@ -11,6 +11,7 @@ import torch
 
 from gardo.config import load_config
 from gardo.runtime.health import ALARMS, Health, Outcome
+from gardo.runtime.report.load import load_run
 from gardo.types import UserError
 
 CALM = {
@@ -181,3 +182,20 @@ def test_updates_are_counted_by_epoch_and_in_a_row(make):
     ]
     assert not health.count(Outcome.BAD_LOSS, 2, 0)
     assert health.count(Outcome.BAD_LOSS, 2, 1)
+
+
+def test_the_report_tells_of_alarms_and_of_updates_left_out(tmp_path):
+    sounding = [[], ["kl"], ["kl", "diversity"], [], ["kl"], []]
+    skipped = [0, 2, 1, 0, 1, 0]
+    lines = [
+        json.dumps({"epoch": e, "alarms": alarms, "health/skipped_updates": n})
+        for e, (alarms, n) in enumerate(zip(sounding, skipped, strict=True))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert load_run(tmp_path).notes == [
+        "Updates left out, because a loss or gradient was not finite: 4 (epochs 1-2, 4).",
+        "Alarm kl in epochs 1-2, 4.",
+        "Alarm diversity in epochs 2.",
+    ]
+    (tmp_path / "metrics.jsonl").write_text(lines[0] + "\n")
+    assert load_run(tmp_path).notes == []

@@ -115,6 +115,11 @@ _GATE = [
         "diversity/nn_distance",
         "Cosine distance to the nearest image of the same prompt.",
     ),
+    _one(
+        "Image variance",
+        "diversity/image_variance",
+        "Of the images of a prompt, at 16 x 16 pixels.",
+    ),
 ]
 _OPTIMISATION = [
     _one("Policy loss", "loss/policy"),

@@ -142,6 +142,7 @@ def load_run(path: str | Path) -> Run:
         run.metrics = _read_rows(metrics_path, run.notes)
         run.evaluations = _read_rows(path / "evaluation.jsonl", run.notes)
         run.notes += _missing_scores(run.metrics) + _missing_scores(run.evaluations)
+        run.notes += _health(run.metrics)
         run.summary = _read_summary(path / "summary.json")
         run.grids = _find_grids(path / "images", run.notes)
     except (ValueError, OSError) as error:
@@ -200,6 +201,35 @@ def _missing_scores(rows: list[dict[str, Any]]) -> list[str]:
                 f"{match[1]} could not score up to {worst:.1%} of the samples of an epoch."
             )
     return list(dict.fromkeys(notes))
+
+
+def _health(rows: list[dict[str, Any]]) -> list[str]:
+    """A note on updates that were left out, and one for each alarm that sounded."""
+    notes = []
+    skipped = {e: int(v) for e, v in _series(rows, "health/skipped_updates").finite() if v > 0}
+    if skipped:
+        notes.append(
+            f"Updates left out, because a loss or gradient was not finite: {sum(skipped.values())} "
+            f"(epochs {_spans(list(skipped))})."
+        )
+    sounded: dict[str, list[int]] = {}
+    for row in rows:
+        alarms = row.get("alarms")
+        for name in alarms if isinstance(alarms, list) else ():
+            sounded.setdefault(str(name), []).append(row["epoch"])
+    notes += [f"Alarm {name} in epochs {_spans(epochs)}." for name, epochs in sounded.items()]
+    return notes
+
+
+def _spans(epochs: list[int]) -> str:
+    """Epochs in words: 3, 7-12."""
+    spans: list[list[int]] = []
+    for epoch in epochs:
+        if spans and epoch == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], epoch]
+        else:
+            spans.append([epoch])
+    return ", ".join("-".join(map(str, span)) for span in spans)
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
