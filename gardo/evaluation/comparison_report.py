@@ -29,13 +29,14 @@ class Line:
     """A line of the table: a statistic, and what it is for each contender.
 
     Attributes:
+        values: per contender, the value and its interval; the latter may be empty.
         marked: per contender, whether its interval leaves out what the base has by definition.
     """
 
     section: str
     label: str
     tag: str
-    values: Sequence[str]
+    values: Sequence[tuple[str, str]]
     marked: Sequence[bool]
 
 
@@ -90,7 +91,7 @@ def _reward_lines(comparison: Comparison) -> Iterator[Line]:
         yield _line("mean reward", name, tag, means, _number)
     if any(any(column.missing.values()) for column in comparison.columns):
         for name in comparison.roles:
-            counts = [str(column.missing[name]) for column in comparison.columns]
+            counts = [(str(column.missing[name]), "") for column in comparison.columns]
             yield Line("images without a score", name, "", counts, [False] * len(counts))
 
 
@@ -119,12 +120,12 @@ def _line(
     return Line(section, label, tag, [_estimate(value, show) for value in values], marked)
 
 
-def _estimate(value: Estimate | None, show: Callable[[float], str]) -> str:
+def _estimate(value: Estimate | None, show: Callable[[float], str]) -> tuple[str, str]:
     if value is None or not math.isfinite(value.value):
-        return "–"
+        return "–", ""
     if not math.isfinite(value.low):
-        return show(value.value)
-    return f"{show(value.value)} [{show(value.low)}, {show(value.high)}]"
+        return show(value.value), ""
+    return show(value.value), f"[{show(value.low)}, {show(value.high)}]"
 
 
 def _number(value: float) -> str:
@@ -151,7 +152,8 @@ def as_markdown(comparison: Comparison) -> str:
             section = line.section
             text += ["", f"| {section} | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         tag = f" ({line.tag})" if line.tag else ""
-        cells = [f"**{v}**" if m else v for v, m in zip(line.values, line.marked, strict=True)]
+        texts = [" ".join(part for part in value if part) for value in line.values]
+        cells = [f"**{v}**" if m else v for v, m in zip(texts, line.marked, strict=True)]
         text.append(f"| {_escaped(line.label)}{tag} | {' | '.join(cells)} |")
     text += ["", *(f"- {_escaped(note)}" for note in explanations(comparison)), "", "Settings:", ""]
     text += [f"- {_escaped(key)}: {_escaped(value)}" for key, value in facts(comparison)]

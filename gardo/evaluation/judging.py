@@ -52,39 +52,55 @@ class Judge:
         if self.rescore:
             for record in records.values():
                 record.values.clear()
-        groups: dict[tuple[str, ...], list[Draw]] = {}
-        for draw, record in records.items():
-            missing = self._missing(draw, record)
-            if missing:
-                groups.setdefault(missing, []).append(draw)
-        todo = sum(map(len, groups.values()))
+        groups = self._groups(records)
+        todo = len({draw for draws in groups.values() for draw in draws})
         with progress.stage(f"{contender}: scores", todo, len(records) - todo) as advance:
-            for missing, draws in groups.items():
-                names = [name for name in missing if name in self.rewards.all_names]
+            seen: set[Draw] = set()
+            for (names, full), draws in groups.items():
                 # so many batches overlap; then they are written
                 size = self.settings.batch_size * MAX_PENDING
                 for start in range(0, len(draws), size):
                     stop_point()
                     some = draws[start : start + size]
-                    self._score(names, some, records)
-                    advance(len(some))
+                    self._score(names, full, some, records)
+                    advance(len(set(some) - seen))
+                    seen.update(some)
         for name in self.rewards.all_names:
             scores = [self.found(name, draw, record) for draw, record in records.items()]
             self.rewards.check_missing(name, torch.tensor(scores))
 
-    def _missing(self, draw: Draw, record: Record) -> tuple[str, ...]:
-        names = [n for n in self.rewards.all_names if math.isnan(self.found(n, draw, record))]
-        if self.rewards.features is not None and self._feature_key() not in record.values:
-            names.append("/features")  # no reward has a name like this
-        return tuple(names)
+    def _groups(
+        self, records: Mapping[Draw, Record]
+    ) -> dict[tuple[tuple[str, ...], bool], list[Draw]]:
+        """Images that lack the same scores, and whether these are computed here or by servers.
+
+        What is computed here is computed in full batches, so that a score does not depend on what
+        was scored before; servers make batches of their own.
+        """
+        groups: dict[tuple[tuple[str, ...], bool], list[Draw]] = {}
+        for draw, record in records.items():
+            missing = [n for n in self.rewards.all_names if math.isnan(self.found(n, draw, record))]
+            remote = [name for name in missing if self.rewards[name].spec.remote]
+            local = [name for name in missing if name not in remote]
+            extract = self.rewards.features is not None and self._feature_key() not in record.values
+            if local or extract:
+                groups.setdefault((tuple(local), True), []).append(draw)
+            if remote:
+                groups.setdefault((tuple(remote), False), []).append(draw)
+        return groups
 
     def _score(
-        self, names: Sequence[str], draws: Sequence[Draw], records: Mapping[Draw, Record]
+        self,
+        names: Sequence[str],
+        full: bool,
+        draws: Sequence[Draw],
+        records: Mapping[Draw, Record],
     ) -> None:
         size = self.settings.batch_size
+        rows = [*draws, *[draws[-1]] * (-len(draws) % size if full else 0)]
         with ScoringWorker(self.rewards, names, self.device) as worker:
-            for start in range(0, len(draws), size):
-                some = draws[start : start + size]
+            for start in range(0, len(rows), size):
+                some = rows[start : start + size]
                 images = torch.stack([self.cache.image(records[draw]) for draw in some])
                 prompts = [self.settings.prompts[draw.prompt] for draw in some]
                 worker.submit(images.to(self.device), prompts)
@@ -96,7 +112,7 @@ class Judge:
             for name, values in columns.items():
                 value = values[row]
                 record.values[self._score_key(name, draw)] = None if math.isnan(value) else value
-            if features is not None:
+            if features is not None and full:
                 record.values[self._feature_key()] = encode(features[row])
             self.cache.save(record)
 

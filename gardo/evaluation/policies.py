@@ -44,6 +44,7 @@ class Policies:
     def __init__(
         self,
         config: Config,
+        contenders: Sequence[Contender],
         base: ModelConfig | None,
         prompts: Sequence[str],
         guidance: float,
@@ -51,6 +52,7 @@ class Policies:
         device: torch.device,
     ) -> None:
         self.config = config
+        self.contenders = contenders
         self.base_model = base
         self.prompts = prompts
         self.guidance = guidance
@@ -89,6 +91,9 @@ class Policies:
             if self.base_model is None:
                 raise ValueError("base: expected a model, got None")
             self._base = self._load(self.base_model)
+            for contender in self.contenders:  # now, and not after hours of drawing
+                if contender.source.kind == "lora":
+                    _check_lora(self._base.model.transformer, contender)
         return self._base
 
     def _load(self, options: ModelConfig) -> Sampler:
@@ -130,7 +135,6 @@ def _lora(
 ) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Put LoRA weights on for the block; gives a block in which they are off."""
     transformer = cast(Any, model.transformer)
-    _check_lora(transformer, contender)
     try:
         transformer.load_lora_adapter(
             str(contender.source.folder),

@@ -102,6 +102,7 @@ class Evaluation:
         settings = self.settings
         self.policies = Policies(
             settings.config,
+            settings.contenders,
             settings.base,
             [prompt.text for prompt in settings.prompts],
             settings.guidance,
