@@ -176,8 +176,10 @@ def explanations(comparison: Comparison) -> list[str]:
         if any(column.gap for column in comparison.columns):
             said.append(
                 "Gap: win rate under the reward that was trained on, less the mean win rate under "
-                f"the held-out ones ({', '.join(held_out)}), in percentage points. Well above 0: "
-                "the proxy sees an improvement that they do not, as hacking looks."
+                f"the held-out ones ({', '.join(held_out)}), in percentage points. Above 0: the "
+                "proxy sees more of an improvement than they do; where their win rates are below "
+                "50%, too, it is being hacked. Ties, of which coarse rewards have many, pull a "
+                "win rate to 50%."
             )
         if "kl" in comparison.settings:
             said.append(

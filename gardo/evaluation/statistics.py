@@ -130,6 +130,7 @@ def hacking_gap(proxy: Resampled, held_out: Sequence[Resampled]) -> Resampled:
 
     Win rates have no unit, so that rewards of any scale can be compared: it is the method's own
     uncertainty, taken against the base instead of within a batch. About 0: what the proxy saw
-    improve, the others saw, too. Large: only the proxy saw it, which is what hacking looks like.
+    improve, the others saw, too. Large: the proxy saw more of it than they did: hacking where they
+    lose, a finer proxy where they tie.
     """
     return proxy - average(held_out)

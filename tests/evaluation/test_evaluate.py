@@ -338,16 +338,21 @@ def test_a_killed_evaluation_goes_on(places, tmp_path, number, code):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_scores_are_kept_by_parameters_and_made_again_when_asked(places, tmp_path):
+@pytest.mark.parametrize(
+    ("reward", "asked"),
+    [("reward", 4), ("Remote", 3)],  # what is computed here is computed in full batches
+)
+def test_scores_are_kept_and_made_again_when_asked(places, tmp_path, reward, asked):
     words = ["--runs", places.run, "--no_base", "--prompts", places.prompts, "--seeds", 0]
-    cache = ["--cache", tmp_path / "cache", "--rewards", "tests.evaluation.counting:reward"]
+    words += ["--cache", tmp_path / "cache", "--rewards", f"tests.evaluation.counting:{reward}"]
     counting.calls.clear()
-    first = evaluate(tmp_path / "a", *words, *cache)
-    assert sum(counting.calls) == 3
-    assert evaluate(tmp_path / "b", *words, *cache)["contenders"] == first["contenders"]
-    assert sum(counting.calls) == 3
-    evaluate(tmp_path / "c", *words, *cache, "--rescore")
-    assert sum(counting.calls) == 6
+    first = evaluate(tmp_path / "a", *words, "--batch_size", 2)
+    assert sum(counting.calls) == asked
+    again = evaluate(tmp_path / "b", *words, "--batch_size", 2)
+    assert again["contenders"] == first["contenders"]
+    assert sum(counting.calls) == asked
+    evaluate(tmp_path / "c", *words, "--batch_size", 2, "--rescore")
+    assert sum(counting.calls) == 2 * asked
 
 
 def test_missing_scores_are_missing_and_asked_for_again(places, tmp_path):
