@@ -163,7 +163,7 @@ def _base_model(request: Request, sources: Sequence[Source], config: Config) -> 
     """The model that adapters go on and that the others are compared with."""
     runs = [source for source in sources if source.run is not None]
     if request.base is not None:
-        found = find_source(request.base)
+        found = find_source(request.base, "--base")
         if found.model is None:
             raise UserError(
                 f"--base '{request.base}': expected a pipeline folder or a hub id, got "

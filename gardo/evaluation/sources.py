@@ -41,8 +41,8 @@ class Source:
     run: Config | None = None
 
 
-def find_source(text: str) -> Source:
-    """Find out what a path is.
+def find_source(text: str, option: str = "--runs") -> Source:
+    """Find out what the path given to an option is.
 
     A run folder (also by its ``export``), a folder with LoRA weights, a pipeline folder, a folder
     with a ``transformer``, ``builtin:tiny``, or a hub id of a pipeline or LoRA weights, with
@@ -54,44 +54,44 @@ def find_source(text: str) -> Source:
     if text == BUILTIN:
         return Source(text, "pipeline", "tiny", model=ModelConfig(path=text))
     if not text.strip() or not text.isprintable():
-        raise UserError(f"--runs: expected the path of a folder or a hub id, got {text!r}")
+        raise UserError(f"{option}: expected the path of a folder or a hub id, got {text!r}")
     try:
         path = Path(text).expanduser()
         is_folder = path.is_dir()
     except (OSError, RuntimeError) as error:  # a name too long; of a user that is not there
-        raise UserError(f"--runs '{text}': {error}") from None
+        raise UserError(f"{option} '{text}': {error}") from None
     if is_folder:
-        return _find_in_folder(text, path)
+        return _find_in_folder(text, path, option)
     if path.exists() or not _may_be_hub_id(text, path):
-        raise UserError(_nothing(text, path))
-    return _find_on_hub(text)
+        raise UserError(_nothing(text, path, option))
+    return _find_on_hub(text, option)
 
 
-def _find_in_folder(text: str, path: Path) -> Source:
+def _find_in_folder(text: str, path: Path, option: str) -> Source:
     run = path
     if path.name == "export" and (path.parent / "config.yaml").is_file():
         run = path.parent
     if (run / "config.yaml").is_file():
-        return _run_folder(text, run)
+        return _run_folder(text, run, option)
     name = path.resolve().name
     if (path / "model_index.json").is_file():
         return Source(text, "pipeline", name, model=ModelConfig(path=str(path)))
     found = _weights(path)
     if found is None:
         raise UserError(
-            f"--runs '{text}': expected a run folder (config.yaml and export/), a LoRA export "
+            f"{option} '{text}': expected a run folder (config.yaml and export/), a LoRA export "
             f"({LORA_FILE}), a pipeline folder (model_index.json) or a folder with transformer/, "
             "found none of these in it"
         )
     return Source(text, found[0], name, folder=found[1])
 
 
-def _run_folder(text: str, run: Path) -> Source:
+def _run_folder(text: str, run: Path, option: str) -> Source:
     config = load_config(str(run.absolute() / "config.yaml"))
     found = _weights(run / "export")
     if found is None:
         raise UserError(
-            f"--runs '{text}': the run has no export yet (expected export/{LORA_FILE} or "
+            f"{option} '{text}': the run has no export yet (expected export/{LORA_FILE} or "
             f"export/transformer); finish it with python -m gardo.train --resume {run}"
         )
     return Source(text, found[0], run.resolve().name, folder=found[1], run=config)
@@ -112,19 +112,19 @@ def _may_be_hub_id(text: str, path: Path) -> bool:
     return not any(path.parent.glob("*/config.yaml"))
 
 
-def _nothing(text: str, path: Path) -> str:
+def _nothing(text: str, path: Path, option: str) -> str:
     if path.is_file():
-        return f"--runs '{text}': expected a folder or a hub id, got a file"
+        return f"{option} '{text}': expected a folder or a hub id, got a file"
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1)
     hint = f"; did you mean '{path.parent / near[0]}'?" if near else ""
     return (
-        f"--runs '{text}': no such folder{hint} (expected a run folder, a LoRA export, a pipeline "
-        f"folder, a hub id such as stabilityai/stable-diffusion-3.5-medium, or {BUILTIN})"
+        f"{option} '{text}': no such folder{hint} (expected a run folder, a LoRA export, a "
+        f"pipeline folder, a hub id such as stabilityai/stable-diffusion-3.5-medium, or {BUILTIN})"
     )
 
 
-def _find_on_hub(text: str) -> Source:
+def _find_on_hub(text: str, option: str) -> Source:
     repository, _, revision = text.partition("@")
     name = repository.rsplit("/", 1)[-1]
     model = ModelConfig(path=repository, revision=revision or None)
@@ -135,7 +135,7 @@ def _find_on_hub(text: str) -> Source:
         try:
             pipeline_class(repository, model)  # says what is wrong
         except UserError as error:
-            raise UserError(f"--runs '{text}': {error}") from None
+            raise UserError(f"{option} '{text}': {error}") from None
     return Source(text, "pipeline", name, model=model)
 
 

@@ -58,8 +58,6 @@ class Evaluation:
         self.progress = progress or StageProgress()
         self.settings = settings = resolve(request)
         folder = request.cache or request.out / "cache"
-        for path in (request.out, folder):
-            _make(path.expanduser())
         self.cache = EvaluationCache(folder.expanduser(), self.progress.write)
         self.device = torch.device(resolve_device(settings.config.device))
         if settings.config.precision == "fp16" and self.device.type == "cpu":
@@ -68,6 +66,8 @@ class Evaluation:
             torch.set_num_threads(settings.config.threads)
         self.rewards = RewardSet(settings.rewards, self.device)
         self.rewards.check_prompts(settings.prompts)
+        for path in (request.out, folder):  # last, so that a mistake leaves nothing
+            _make(path.expanduser())
         self.stop = StopRequest()
 
     @property

@@ -91,7 +91,7 @@ def test_command_lines(tmp_path, words, says):
         (["--features", "jugde"], "unknown feature extractor 'jugde'; did you mean 'judge'?"),
         (["--prompts", "missing.txt"], "prompt file 'missing.txt' does not exist"),
         (["--recipe", "tinny"], "unknown recipe 'tinny'; did you mean 'tiny'?"),
-        (["--base", "./nowhere"], "'./nowhere': no such folder"),
+        (["--base", "./nowhere"], "--base './nowhere': no such folder"),
         (["--names", "a", "b"], "--names: expected 1 names, one for each of --runs, got 2"),
         (["--names", "base"], "'base' is the base model"),
         (["--names", "a\nb"], "expected printable names"),
@@ -101,6 +101,8 @@ def test_command_lines(tmp_path, words, says):
 )
 def test_what_does_not_go_with_a_run(places, tmp_path, words, says):
     assert says in refused(tmp_path / "out", "--runs", places.run, *words)
+    if "--resolution" not in words:  # what only the model can say
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_is_none(places, tmp_path):
