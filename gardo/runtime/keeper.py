@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gardo.config import Config, to_yaml
 from gardo.runtime.checkpoint import CheckpointFolder, TrainingState
 from gardo.runtime.faults import explain
 from gardo.runtime.metrics import EVALUATION, MetricsWriter
+from gardo.runtime.peers import Peers
 from gardo.runtime.process import Runtime
 from gardo.runtime.run_folder import RunFolder
 from gardo.runtime.signals import Stopped, StopRequested
@@ -68,6 +70,9 @@ class Keeper:
         self._moved = False  # the live weights are no longer those of the state
         self._scores: dict[str, Any] = {}
         self._saved: int | None = None
+        self._lock = threading.Lock()  # the state is also saved when another process fails
+        self._failing = False
+        self._peers = Peers(runtime.rank, runtime.world_size, runtime.stop, self._end_after)
 
     def mark(self, epoch: int, row: Mapping[str, Any], saved: bool = False) -> None:
         """An epoch is complete: this is the state that is saved from now on.
@@ -81,11 +86,12 @@ class Keeper:
             UserError: ``checkpoint.keep_best`` is not among the metrics.
         """
         tensors = self._tensors() if self.config.checkpoint.snapshot else {}
-        self._state = TrainingState(epoch, tensors, {**self._values(), "evaluated": None})
-        self._has_tensors, self._moved = self.config.checkpoint.snapshot, False
-        self._scores = dict(row)
-        if saved:
-            self._saved = epoch
+        state = TrainingState(epoch, tensors, {**self._values(), "evaluated": None})
+        with self._lock:
+            self._state, self._scores = state, dict(row)
+            self._has_tensors, self._moved = self.config.checkpoint.snapshot, False
+            if saved:
+                self._saved = epoch
         best = self.config.checkpoint.keep_best
         if row and best is not None and not best.startswith(EVALUATION):
             _check_metric(best, row)
@@ -121,56 +127,92 @@ class Keeper:
             self.runtime.wait()
 
     def save(self) -> Path | None:
-        """Save the last complete epoch; its checkpoint, or None if its state is lost."""
+        """Save the last complete epoch, on all processes; its checkpoint, or None if it is lost."""
         state = self._state
-        if state is None:
+        if state is None or self._has_tensors or self._saved == state.epoch:
+            return self._write()
+        if self._moved:
             return None
-        path = self.store.path / f"epoch_{state.epoch:04d}"
-        if self._saved == state.epoch:
-            return path
-        if not self._has_tensors:
-            if self._moved:
-                return None
-            state.tensors = self._tensors()
-        if self.folder.is_main:
-            for file in self._files:
-                file.sync()
-            state.values["clock"] = self.folder.clock()
-            score = self._scores.get(self.config.checkpoint.keep_best or "")
-            number = isinstance(score, int | float) and math.isfinite(score)
-            self.store.save(state, to_yaml(self.config), score if number else None)
-        self._saved = state.epoch
-        if not self._has_tensors:
+        state.tensors = self._tensors()
+        try:
+            return self._write()
+        finally:
             state.tensors = {}
-        return path
+
+    def _write(self) -> Path | None:
+        with self._lock:
+            state = self._state
+            if state is None:
+                return None
+            path = self.store.path / f"epoch_{state.epoch:04d}"
+            if self.folder.is_main and self._saved != state.epoch:
+                for file in self._files:
+                    file.sync()
+                state.values["clock"] = self.folder.clock()
+                score = self._scores.get(self.config.checkpoint.keep_best or "")
+                number = isinstance(score, int | float) and math.isfinite(score)
+                self.store.save(state, to_yaml(self.config), score if number else None)
+            self._saved = state.epoch
+            return path
 
     @contextmanager
     def rescue(self) -> Iterator[None]:
-        """Save before a signal, a user's mistake or lack of memory ends the run.
+        """Save before a signal or a failure, of whichever process, ends the run.
 
         Raises:
             Stopped: a signal came and there is a checkpoint of the last complete epoch.
         """
-        try:
-            yield
-        except StopRequested as request:
-            path = self._save_or_explain()
-            if path is None:  # cannot be: such a block defers signals
-                raise
-            done = self._state.epoch if self._state is not None else 0
-            raise Stopped(
-                f"stopped by {request} after {done} of {self.config.epochs} epochs, saved in "
-                f"'{path}'; continue with: python -m gardo.train --resume {self.folder.path}"
-            ) from None
-        except (UserError, torch.OutOfMemoryError, MemoryError):
+        with self._peers:
             try:
+                yield
+            except StopRequested as request:
                 path = self._save_or_explain()
-            except UserError as error:  # what ended the run is still the message
-                self._say(f"no checkpoint could be written: {error}")
+                if path is None:  # cannot be: such a block defers signals
+                    raise
+                done = self._state.epoch if self._state is not None else 0
+                raise Stopped(
+                    f"stopped by {request} after {done} of {self.config.epochs} epochs, saved in "
+                    f"'{path}'; continue with: python -m gardo.train --resume {self.folder.path}"
+                ) from None
+            except (UserError, RuntimeError, MemoryError):
+                self._failing = True
+                self._say_saved(self._save_alone())
+                raise
+
+    def _end_after(self, failure: str) -> None:
+        """Another process has failed: save what needs no collective, and end this one.
+
+        In a thread, because the main one may wait for that process for ever; so there is no other
+        way to end than at once.
+        """
+        if self._failing:
+            return
+        try:
+            if self.folder.is_main:
+                self._say(failure)
+                self._say_saved(self._save_alone())
+                self._peers.answer()
             else:
-                if path is not None:
-                    self._say(f"the last complete epoch is saved in '{path}'")
-            raise
+                self._peers.await_answer()
+        finally:
+            os._exit(1)
+
+    def _save_alone(self) -> Path | None:
+        """Save without other processes and without the GPU, which may wait for them."""
+        if not self.folder.is_main:
+            return None
+        together = self.runtime.world_size > 1 or self._moved
+        if not self._has_tensors and together:
+            return None
+        try:
+            return self._save_or_explain()
+        except (UserError, OSError, RuntimeError) as error:  # the message is what ended the run
+            self._say(f"no checkpoint could be written: {error}")
+            return None
+
+    def _say_saved(self, path: Path | None) -> None:
+        if path is not None:
+            self._say(f"the last complete epoch is saved in '{path}'")
 
     def _save_or_explain(self) -> Path | None:
         try:

@@ -41,8 +41,8 @@ def to_host(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tenso
         keep: whether this process wants them; one that does not still takes part in gathering.
     """
     copies = {}
-    for name, tensor in tensors.items():
-        complete = whole(tensor.detach())
+    for name in sorted(tensors):  # gathering needs one order, and a file read has a random one
+        complete = whole(tensors[name].detach())
         if keep:
             copies[name] = complete.to("cpu", copy=True).contiguous()
     return copies
