@@ -49,18 +49,18 @@ class GuardedUpdates:
         runtime = self.runtime
         # no process may leave before all have taken part in this
         tensors = self.algorithm.contents(data, suspect.batch, suspect.step_index)
-        rank, size = runtime.rank, runtime.world_size
-        mine = torch.tensor(float(size - rank if suspect.bad else 0), device=runtime.device)
-        first = float(runtime.max(mine))
-        found, blamed = first > 0, size - int(first) if first > 0 else 0
+        blamed = self._lowest(suspect.own)
+        if blamed is None:
+            blamed = self._lowest(suspect.bad)
+        found, blamed = blamed is not None, blamed or 0
         path = self.health.folder / "failures" / f"epoch_{epoch:04d}_update_{index}_rank_{blamed}"
         lost = 0.0
-        if rank == blamed:
+        if runtime.rank == blamed:
             facts = {
                 "epoch": epoch,
                 "update": index,
-                "rank": rank,
-                "world_size": size,
+                "rank": runtime.rank,
+                "world_size": runtime.world_size,
                 "cause": outcome.value,
                 "found_again": found,
                 **suspect.facts(data),
@@ -89,8 +89,16 @@ class GuardedUpdates:
             f"{self.health.config.max_skipped_in_a_row}"
         )
 
+    def _lowest(self, mine: bool) -> int | None:
+        """The lowest rank of the processes for which it holds."""
+        size = self.runtime.world_size
+        value = float(size - self.runtime.rank if mine else 0)
+        highest = int(self.runtime.max(torch.tensor(value, device=self.runtime.device)))
+        return size - highest if highest else None
+
     def _look_again(self, data: EpochData, index: int) -> Suspect:
-        probe = _Probe(self.algorithm.adapters.parameters())
+        module = self.algorithm.sampler.model.transformer if self.runtime.sharded else None
+        probe = _Probe(self.algorithm.adapters.parameters(), module)
         with probe.watching():
             self.algorithm.go_through(data, index, probe)
         return probe.suspect()
@@ -118,17 +126,24 @@ class Suspect:
     Attributes:
         loss: weighted, as it entered the gradient.
         parameters: those with a gradient that is not finite, in the order of the backward pass.
-        bad: whether the loss or a gradient is not finite.
+        shared: whether that is known only of gradients that all processes have added to.
     """
 
     batch: MicroBatch
     step_index: int
     loss: float
     parameters: list[str] = field(default_factory=list)
+    shared: bool = False
 
     @property
     def bad(self) -> bool:
+        """Whether the loss or a gradient is not finite."""
         return not math.isfinite(self.loss) or bool(self.parameters)
+
+    @property
+    def own(self) -> bool:
+        """Whether that is so on this process."""
+        return not math.isfinite(self.loss) or bool(self.parameters and not self.shared)
 
     def facts(self, data: EpochData) -> dict[str, Any]:
         return {
@@ -142,15 +157,19 @@ class Suspect:
 class _Probe:
     """Goes through the backwards of an update one by one and keeps the first that is not finite."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.parameters = parameters
-        self._first: Suspect | None = None
-        self._bad: Suspect | None = None
+    def __init__(self, parameters: Mapping[str, nn.Parameter], sharded: nn.Module | None) -> None:
+        """Watch parameters or, where they are sharded, the layers of the module that has them."""
+        self.parameters, self.sharded = parameters, sharded
+        self._all: list[Suspect] = []
         self._seen: list[tuple[str, Tensor]] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         hooks = [p.register_hook(partial(self._look, n)) for n, p in self.parameters.items()]
+        for name, module in () if self.sharded is None else self.sharded.named_modules():
+            # a sharded parameter's gradient is a mean over processes; what its layer gets is not
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                hooks.append(module.register_full_backward_hook(partial(self._look_at_layer, name)))
         try:
             yield
         finally:
@@ -161,18 +180,20 @@ class _Probe:
         """Backward through a loss, whose gradient is then dropped."""
         self._seen = []
         loss.backward()
-        names = [name for name, finite in self._seen if not finite]
-        # what the hooks do not see, because parameters are sharded
-        seen = {name for name, _ in self._seen}
-        names += [n for n, p in self.parameters.items() if n not in seen and not _is_finite(p)]
-        suspect = Suspect(batch, step_index, float(loss.detach()), names)
-        self._first = self._first or suspect
-        self._bad = self._bad or (suspect if suspect.bad else None)
-        self._clear()
+        suspect = Suspect(batch, step_index, float(loss.detach()))
+        suspect.parameters = [name for name, finite in self._seen if not finite]
+        if not suspect.bad:
+            suspect.parameters = [n for n, p in self.parameters.items() if not _is_finite(p)]
+            suspect.shared = True
+        if suspect.bad or not self._all:
+            self._all.append(suspect)
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def suspect(self) -> Suspect:
-        """The first that is not finite, or the first of all."""
-        found = self._bad or self._first
+        """The first that is not finite, if possible on this process; else the first of all."""
+        own, bad = (s for s in self._all if s.own), (s for s in self._all if s.bad)
+        found = next(own, None) or next(bad, None) or next(iter(self._all), None)
         if found is None:
             raise ValueError("expected an update of at least one batch")
         return found
@@ -180,15 +201,15 @@ class _Probe:
     def _look(self, name: str, gradient: Tensor) -> None:
         self._seen.append((name, gradient.isfinite().all()))
 
-    def _clear(self) -> None:
-        for parameter in self.parameters.values():
-            parameter.grad = None
+    def _look_at_layer(self, name: str, layer: nn.Module, to: Any, came: Any) -> None:
+        gradients = [g for g in (*to, *came) if g is not None]
+        if gradients:
+            self._seen.append((name, torch.stack([g.isfinite().all() for g in gradients]).all()))
 
 
 def _is_finite(parameter: nn.Parameter) -> bool:
-    return parameter.grad is None or bool(_local(parameter.grad).isfinite().all())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    gradient = parameter.grad
+    if gradient is None:
+        return True
+    local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return bool(local.isfinite().all())

@@ -328,11 +328,11 @@ def test_a_checkpoint_without_the_level_is_refused(runner, tmp_path):
 SHARED = {**RUN, "sampling__max_ratio_deviation": "null"}
 
 
-def train_together(processes, folder, hook, **changes):
+def train_together(processes, folder, hook, **environment):
     script = str(Path(__file__).parent / "faulty_training.py")
-    command = [str(a) for a in arguments(folder, **SHARED, **changes)]
+    command = [str(a) for a in arguments(folder, **SHARED)]
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    return torchrun(processes, script, json.dumps(hook), *command, PYTHONPATH=path)
+    return torchrun(processes, script, json.dumps(hook), *command, PYTHONPATH=path, **environment)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -357,16 +357,23 @@ def test_processes_leave_out_the_same_updates(tmp_path, what):
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-5)
 
 
-def test_all_processes_end_with_the_message_and_the_dump_of_one(tmp_path):
-    hook = fault((0, 1), (1, 0), (1, 1), rank=1)
-    result = train_together(2, tmp_path / "run", hook)
+@pytest.mark.parametrize(
+    ("what", "environment"),
+    [("loss", {}), ("gradient", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})],
+    ids=["ddp", "fsdp2"],
+)
+def test_all_processes_end_with_the_message_and_the_dump_of_one(tmp_path, what, environment):
+    hook = fault((0, 1), (1, 0), (1, 1), what=what, rank=1)
+    result = train_together(2, tmp_path / "run", hook, **environment)
     assert result.returncode != 0
     path = tmp_path / "run" / "failures" / "epoch_0001_update_1_rank_1"
-    message = "3 updates in a row were left out, the last one (epoch 1, update 1) for a loss"
-    assert result.stderr.count(f"error: {message}") == 2, result.stderr
+    message = "3 updates in a row were left out, the last one (epoch 1, update 1) for a"
+    assert result.stderr.count(f"error: {message} {what} that is not finite") == 2, result.stderr
     assert result.stderr.count(f"Its batch is in '{path}.safetensors'") == 2
     assert [p.name for p in path.parent.iterdir() if p.suffix == ".json"] == [f"{path.name}.json"]
     facts = json.loads(Path(f"{path}.json").read_text())
     assert (facts["rank"], facts["world_size"], facts["found_again"]) == (1, 2, True)
+    # the last block is the first that backward reaches, also where gradients are shards of a mean
+    assert ".3.attn.to_out" in facts["first_parameters_not_finite"][0]
     assert load_file(f"{path}.safetensors").keys() >= {"latents", "velocity", "log_prob"}
     assert (tmp_path / "run" / "checkpoints" / "epoch_0001").is_dir()
