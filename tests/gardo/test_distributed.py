@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gardo.sampling.plan import plan_epoch
+from gardo.runtime.checkpoint import Checkpoint
+from gardo.sampling.plan import plan_epoch, shared_batches
 from gardo.types import UserError
 from tests.gardo.test_training import SHORT
 
@@ -33,17 +35,39 @@ SETTINGS = {
 }
 
 
-def torchrun(processes, *arguments, timeout=240, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def torchrun(processes, *arguments, nodes=1, wait=True, timeout=240, **environment):
+    """Run by torchrun: the finished process or, not waited for, the launcher of one of the nodes."""
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes), *RENDEZVOUS]
     command += ["--nproc_per_node", str(processes), *arguments]
-    return subprocess.run(
+    launcher = subprocess.Popen(
         command,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
         cwd=HERE.parent.parent,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
     )
+    if not wait:
+        return launcher
+    try:
+        out, err = launcher.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        launcher.terminate()  # its processes with it
+        raise
+    return subprocess.CompletedProcess(command, launcher.returncode, out, err)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+RENDEZVOUS = [
+    *("--rdzv_backend", "c10d", "--rdzv_id", "test"),
+    *("--rdzv_endpoint", f"localhost:{free_port()}"),
+]
 
 
 def train(folder, processes, **changes):
@@ -96,27 +120,51 @@ def test_group_statistics_are_the_same_bits(tmp_path):
     assert results[1]["advantage"].abs().max() > 0
 
 
-def test_an_error_of_one_process_ends_all_with_its_message(tmp_path):
-    module = tmp_path / "failing_reward.py"
-    module.write_text(
-        "import os\n"
-        "import torch\n"
-        "def score(images, prompts, metadata):\n"
-        "    if os.environ['RANK'] == '1':\n"
-        "        raise RuntimeError('the scorer of rank 1 broke')\n"
-        "    return torch.zeros(len(images))\n"
-    )
-    settings = {**SETTINGS, "output_dir": str(tmp_path / "run")}
-    settings |= {"rewards.proxy": "failing_reward:score", "evaluation.max_prompts": "1"}
+FAILING = """
+import os
+import torch
+calls = 0
+def score(images, prompts, metadata):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls > 7:  # of the evaluation and one epoch
+        raise RuntimeError("the scorer of rank 1 broke")
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.mark.parametrize(
+    ("nodes", "variables"), [(1, {"ACCELERATE_USE_FSDP": "true"}), (2, {})], ids=["fsdp", "nodes"]
+)
+def test_an_error_of_one_process_ends_all_and_the_main_one_saves(nodes, variables, tmp_path):
+    (tmp_path / "failing_reward.py").write_text(FAILING)
+    settings = {**SETTINGS, "output_dir": str(tmp_path / "run"), "epochs": "40"}
+    settings |= {"rewards.proxy": "failing_reward:score", "checkpoint.every": "0"}
+    settings |= {"evaluation.max_prompts": "2", "train.updates_per_epoch": "2"}
     overrides = [f"--{key}={value}" for key, value in settings.items()]
+    variables = {**variables, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     started = time.monotonic()
-    result = torchrun(
-        2, "-m", "gardo.train", "tiny", *overrides,
-        PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]),
-    )  # fmt: skip
-    assert result.returncode != 0
-    assert "the scorer of rank 1 broke" in result.stderr
-    assert time.monotonic() - started < 90
+    launchers = [
+        torchrun(
+            2 // nodes, "-m", "gardo.train", "tiny", *overrides,
+            nodes=nodes, wait=False, **variables,
+        )
+        for _ in range(nodes)
+    ]  # fmt: skip
+    said = [launcher.communicate(timeout=240)[1] for launcher in launchers]
+    assert all(launcher.returncode != 0 for launcher in launchers)
+    assert time.monotonic() - started < 120
+    # the message of the process that failed, and what the main one made of it
+    assert sum("RuntimeError: the scorer of rank 1 broke\n\n" in text for text in said) == 1, said
+    (line,) = [x for text in said for x in text.splitlines() if x.startswith("process 1 failed:")]
+    assert line.endswith("RuntimeError: the scorer of rank 1 broke")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    done = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert checkpoint.name == f"epoch_{done:04d}"
+    assert done > 0
+    saved = Checkpoint.open(checkpoint)
+    saved.verify()
+    assert saved.epoch == done
 
 
 def test_every_process_gets_as_many_batches():
@@ -132,6 +180,16 @@ def test_every_process_gets_as_many_batches():
                 assert rows == list(range(plan.updates[update].start, plan.updates[update].stop))
     everyone = torch.cat([plan_epoch(3, 6, 2, rank, 5).sample_ids for rank in range(5)])
     assert sorted(everyone.tolist()) == list(range(18))
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 25])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_batches_of_one_process_are_dealt_out(count, processes):
+    alone, idle = shared_batches(count, 4)
+    assert idle == 0
+    dealt = [shared_batches(count, 4, rank, processes) for rank in range(processes)]
+    assert sorted((s for mine, _ in dealt for s in mine), key=lambda s: s.start) == alone
+    assert {len(mine) + idle for mine, idle in dealt} == {-(-len(alone) // processes)}
 
 
 def test_fewer_samples_than_processes_are_refused():
