@@ -351,6 +351,7 @@ class Trainer:
             recipe=self.config.recipe,
             hardware=self.runtime.hardware(),
             world_size=self.runtime.world_size,
+            sharded=self.runtime.sharded,
             trainable_parameters=trainable,
             peak_memory_bytes=peak_memory_bytes(),
         )

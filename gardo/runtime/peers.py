@@ -27,8 +27,8 @@ _PATIENCE = 120.0
 class Peers:
     """Inside the block, an exception of one process reaches all others.
 
-        with Peers(rank, world_size, stop, failed):
-            ...
+    with Peers(rank, world_size, stop, failed):
+        ...
     """
 
     def __init__(

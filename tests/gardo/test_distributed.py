@@ -36,7 +36,7 @@ SETTINGS = {
 
 
 def torchrun(processes, *arguments, nodes=1, wait=True, timeout=240, **environment):
-    """Run by torchrun: the finished process or, not waited for, the launcher of one of the nodes."""
+    """Run by torchrun: what has finished or, not waited for, the launcher of one of the nodes."""
     command = [sys.executable, "-m", "torch.distributed.run"]
     command += ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes), *RENDEZVOUS]
     command += ["--nproc_per_node", str(processes), *arguments]
