@@ -72,7 +72,9 @@ class Keeper:
         self._saved: int | None = None
         self._lock = threading.Lock()  # the state is also saved when another process fails
         self._failing = False
-        self._peers = Peers(runtime.rank, runtime.world_size, runtime.stop, self._end_after)
+        self._peers = Peers(
+            runtime.rank, runtime.world_size, runtime.stop, self._end_after, self._save_early
+        )
 
     def mark(self, epoch: int, row: Mapping[str, Any], saved: bool = False) -> None:
         """An epoch is complete: this is the state that is saved from now on.
@@ -196,6 +198,13 @@ class Keeper:
                 self._peers.await_answer()
         finally:
             os._exit(1)
+
+    def _save_early(self) -> None:
+        """A signal came to one of several processes, which go on to where they can stop together.
+
+        That may be further than a launcher waits before it kills (torchrun: 30 seconds).
+        """
+        self._save_alone()
 
     def _save_alone(self) -> Path | None:
         """Save without other processes and without the GPU, which may wait for them."""

@@ -25,14 +25,19 @@ _PATIENCE = 120.0
 
 
 class Peers:
-    """Inside the block, an exception of one process reaches all others.
+    """Inside the block, an exception of one process reaches all others, and a signal is seen to.
 
     with Peers(rank, world_size, stop, failed):
         ...
     """
 
     def __init__(
-        self, rank: int, world_size: int, stop: StopRequest, failed: Callable[[str], None]
+        self,
+        rank: int,
+        world_size: int,
+        stop: StopRequest,
+        failed: Callable[[str], None],
+        signalled: Callable[[], None],
     ) -> None:
         """Watch the other processes, if there are any.
 
@@ -42,9 +47,10 @@ class Peers:
             stop: a signal ends the wait for an answer.
             failed: called with a sentence when another process has failed, in a thread of its own.
                 It ends this process, or returns if this one fails by itself.
+            signalled: called once, in that thread, when a signal asks this process to stop.
         """
         self.rank, self.world_size = rank, world_size
-        self._stop, self._failed = stop, failed
+        self._stop, self._failed, self._signalled = stop, failed, signalled
         self._store: Any = None
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._left = threading.Event()
@@ -98,7 +104,11 @@ class Peers:
             time.sleep(_INTERVAL)
 
     def _watch(self) -> None:
+        seen = False
         while not self._left.wait(_INTERVAL):
+            if self._stop.signal is not None and not seen:
+                seen = True
+                self._signalled()
             try:
                 if not self._store.check([_key("failed")]):
                     continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -67,7 +68,10 @@ class Runtime:
         """What trains instead of the module and its optimizer; sharding replaces parameters."""
         if self.sharded:
             return module, shard(self.accelerator, module, optimizer)
-        wrapped: tuple[Any, Any] = self.accelerator.prepare(module, optimizer)
+        with warnings.catch_warnings():
+            # accelerate knows no other name for it yet
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+            wrapped: tuple[Any, Any] = self.accelerator.prepare(module, optimizer)
         return wrapped
 
     def shard(self, module: nn.Module) -> None:

@@ -27,7 +27,8 @@ class Others:
     def __init__(self, rank, answers=True):
         self.heard, self.event = [], threading.Event()
         self.answers = answers
-        self.peers = Peers(rank, 2, StopRequest(), self._failed)
+        self.stop, self.signals = StopRequest(), []
+        self.peers = Peers(rank, 2, self.stop, self._failed, lambda: self.signals.append(1))
 
     def _failed(self, text):
         if self.answers:
@@ -39,7 +40,7 @@ class Others:
 
 def fail(rank, error, stop=None, world_size=2):
     """Seconds that a process with an exception took to leave."""
-    peers = Peers(rank, world_size, stop or StopRequest(), pytest.fail)
+    peers = Peers(rank, world_size, stop or StopRequest(), pytest.fail, list)
     peers.__enter__()
     started = time.monotonic()
     peers.__exit__(type(error), error, None)
@@ -69,10 +70,18 @@ def test_a_signal_ends_the_wait(store):
     assert fail(1, RuntimeError("gone"), stop) < 20  # nobody answers
 
 
+def test_a_signal_is_seen_to_once_while_the_process_goes_on(store):
+    main = Others(0)
+    with main.peers:
+        main.stop.signal = "SIGUSR1"
+        time.sleep(1)
+    assert main.signals == [1]
+
+
 def test_what_is_no_failure_is_not_told(store):
     main = Others(0)
     with main.peers:
-        with Peers(1, 2, StopRequest(), pytest.fail):
+        with Peers(1, 2, StopRequest(), pytest.fail, pytest.fail):
             pass
         fail(1, Stopped("by a signal"))
         assert not main.event.wait(1)
