@@ -19,13 +19,14 @@ def main(arguments: Sequence[str]) -> int:
     # imported here, so that --help answers at once
     from gardo.experiments.ablation.plots import draw_curves, draw_frontier
     from gardo.experiments.ablation.report import write_report
-    from gardo.experiments.ablation.results import summarize, write
+    from gardo.experiments.ablation.results import markdown, summarize
     from gardo.experiments.ablation.run import FULL, QUICK, run_all
+    from gardo.experiments.tables import write
 
     scale = QUICK if options.quick else FULL
     records = run_all(options.seeds, scale, options.out, options.jobs)
     summary = summarize(records)
-    print(write(options.out, summary))
+    print(write(options.out, summary, markdown(summary)))
     draw_frontier(summary, options.out / "frontier.png")
     draw_curves(records, options.out / "curves.png")
     cli.tell(f"done: open {write_report(options.out, records, summary)}")

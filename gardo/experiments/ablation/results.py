@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
 from gardo.experiments.ablation.methods import METHODS
 from gardo.experiments.ablation.run import MEASURED
+from gardo.experiments.tables import cell, over_seeds, seeds_of, table_head, table_row
 
 Record = dict[str, Any]
 
@@ -91,14 +89,7 @@ def _setting(mine: Sequence[Record]) -> dict[str, Any]:
 
 def _over_seeds(rows: Sequence[Record]) -> dict[str, Any]:
     names = [*MEASURED, *(n for n in ("gated", "resets", "seconds") if n in rows[0])]
-    return {
-        name: {
-            "mean": round(fmean(row[name] for row in rows), 5),
-            "sd": round(stdev(row[name] for row in rows), 5) if len(rows) > 1 else None,
-            "seeds": [round(row[name], 5) for row in rows],
-        }
-        for name in names
-    }
+    return {name: over_seeds([row[name] for row in rows], digits=5) for name in names}
 
 
 def _dominates(other: Record, row: Record) -> bool:
@@ -121,32 +112,31 @@ def markdown(summary: dict[str, Any]) -> str:
         f"ten steps without noise; torch {summary['torch']}. *hacked*: seeds in which the proxy",
         "rose and `strict_count` fell. *frontier*: no other setting is better in both.",
         "",
-        _row(head),
-        "|" + "---|" * len(head),
-        _row(["before", "", *(_cell(c, summary["start"].get(c)) for c in columns), "", ""]),
+        *table_head(head),
+        table_row(["before", "", *(_cell(c, summary["start"].get(c)) for c in columns), "", ""]),
     ]
     for row in summary["settings"].values():
         coef = "" if row["kl_coef"] is None else f"{row['kl_coef']:g}"
-        cells = [_cell(c, row[c]) for c in columns]
-        hacked = f"{row['hacked']} of {row['runs']}"
-        lines.append(_row([row["method"], coef, *cells, hacked, "yes" if row["frontier"] else ""]))
-    lines += ["", "## Gain of the proxy that keeps the held-out accuracy", ""]
+        cells = [row["method"], coef, *(_cell(c, row[c]) for c in columns)]
+        best = "yes" if row["frontier"] else ""
+        lines.append(table_row([*cells, f"{row['hacked']} of {row['runs']}", best]))
     lines += [
+        "",
+        "## Gain of the proxy that keeps the held-out accuracy",
+        "",
         "The largest mean gain of `count` among a method's settings whose mean `strict_count`",
         f"ended at most {TOLERANCE} below the start.",
         "",
-        _row(["method", "gain", "at kl_coef"]),
-        "|---|---|---|",
+        *table_head(["method", "gain", "at kl_coef"]),
     ]
     for name, method in summary["methods"].items():
         gain, coef = method["kept_gain"], method["kept_at"]
         shown = "none kept it" if gain is None else f"{gain:+.3f}"
-        lines.append(_row([name, shown, "" if coef is None else f"{coef:g}"]))
-    lines += ["", "## Seed by seed", "", _row(["setting", "proxy", HELD_OUT, "clean"])]
-    lines.append("|---|---|---|---|")
+        lines.append(table_row([name, shown, "" if coef is None else f"{coef:g}"]))
+    shown_seeds = ("proxy", HELD_OUT, "clean")
+    lines += ["", "## Seed by seed", "", *table_head(["setting", *shown_seeds])]
     for name, row in summary["settings"].items():
-        each = [" ".join(f"{v:.3f}" for v in row[c]["seeds"]) for c in ("proxy", HELD_OUT, "clean")]
-        lines.append(_row([name, *each]))
+        lines.append(table_row([name, *(seeds_of(row[c]) for c in shown_seeds)]))
     lines += ["", "## Methods", ""]
     lines += [
         f"- `{m.name}`: {m.title}. "
@@ -156,21 +146,5 @@ def markdown(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _cell(column: str, value: dict[str, Any] | None) -> str:
-    if value is None:
-        return ""
-    digits = DIGITS.get(column, 3)
-    spread = "" if value["sd"] is None else f" ± {value['sd']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{spread}"
-
-
-def write(out: Path, summary: dict[str, Any]) -> str:
-    """Write ``results.json`` and ``results.md`` into ``out``; returns the Markdown."""
-    table = markdown(summary)
-    (out / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(table, encoding="utf-8")
-    return table
+    return cell(value, DIGITS.get(column, 3))

@@ -15,12 +15,13 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments, "counting", DESCRIPTION, seeds=[0, 1, 2])
 
     # imported here, so that --help answers at once
-    from gardo.experiments.counting.results import draw, summarize, write
+    from gardo.experiments.counting.results import draw, markdown, summarize
     from gardo.experiments.counting.run import FULL, QUICK, run_all
+    from gardo.experiments.tables import write
 
     scale = QUICK if options.quick else FULL
     summary = summarize(run_all(options.seeds, scale, options.out, options.jobs), scale)
-    print(write(options.out, summary))
+    print(write(options.out, summary, markdown(summary)))
     draw(summary, options.out / "counting.png")
     cli.tell(f"written to {options.out}")
     return cli.DONE

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from gardo.experiments.counting.run import COUNTS, METHODS, RANGES, Scale
+from gardo.experiments.tables import cell, over_seeds, seeds_of, table_head, table_row
 
 Record = dict[str, Any]
 
@@ -23,9 +23,9 @@ def summarize(records: Sequence[Record], scale: Scale) -> dict[str, Any]:
     methods = {}
     for name in _NAMES:
         mine = [r["accuracy"] for r in records if r["method"] == name]
-        by_count = {str(c): _spread([row[str(c)] for row in mine]) for c in COUNTS}
+        by_count = {str(c): over_seeds([row[str(c)] for row in mine]) for c in COUNTS}
         by_range = {
-            key: _spread([fmean(row[str(c)] for c in counts) for row in mine])
+            key: over_seeds([fmean(row[str(c)] for c in counts) for row in mine])
             for key, counts in RANGES.items()
         }
         methods[name] = {"counts": by_count, "ranges": by_range}
@@ -34,14 +34,6 @@ def summarize(records: Sequence[Record], scale: Scale) -> dict[str, Any]:
         "seeds": sorted({r["seed"] for r in records if r["seed"] is not None}),
         "torch": torch.__version__,
         "methods": methods,
-    }
-
-
-def _spread(values: Sequence[float]) -> Record:
-    return {
-        "mean": round(fmean(values), 4),
-        "sd": round(stdev(values), 4) if len(values) > 1 else None,
-        "seeds": [round(v, 4) for v in values],
     }
 
 
@@ -57,38 +49,19 @@ def markdown(summary: dict[str, Any]) -> str:
         f"seeds {seeds}; {8 * scale['images']} images per count, ten steps without noise;",
         f"{scale['epochs']} epochs; torch {summary['torch']}.",
         "",
-        _row(["method", *titles.values()]),
-        "|---|" + "---|" * len(titles),
+        *table_head(["method", *titles.values()]),
     ]
     for name, method in summary["methods"].items():
-        lines.append(_row([name, *(_cell(method["ranges"][key]) for key in RANGES)]))
-    lines += ["", "## Seed by seed", "", _row(["method", *titles.values()])]
-    lines.append("|---|" + "---|" * len(titles))
+        lines.append(table_row([name, *(cell(method["ranges"][key]) for key in RANGES)]))
+    lines += ["", "## Seed by seed", "", *table_head(["method", *titles.values()])]
     for name, method in summary["methods"].items():
-        each = (" ".join(f"{v:.3f}" for v in method["ranges"][key]["seeds"]) for key in RANGES)
-        lines.append(_row([name, *each]))
-    lines += ["", "## By count", "", _row(["method", *map(str, COUNTS)])]
-    lines.append("|---|" + "---|" * len(COUNTS))
+        lines.append(table_row([name, *(seeds_of(method["ranges"][key]) for key in RANGES)]))
+    lines += ["", "## By count", "", *table_head(["method", *map(str, COUNTS)])]
     for name, method in summary["methods"].items():
-        lines.append(_row([name, *(f"{method['counts'][str(c)]['mean']:.3f}" for c in COUNTS)]))
+        lines.append(
+            table_row([name, *(f"{method['counts'][str(c)]['mean']:.3f}" for c in COUNTS)])
+        )
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _cell(value: Record) -> str:
-    spread = "" if value["sd"] is None else f" ± {value['sd']:.3f}"
-    return f"{value['mean']:.3f}{spread}"
-
-
-def write(out: Path, summary: dict[str, Any]) -> str:
-    """Write ``results.json`` and ``results.md`` into ``out``; returns the Markdown."""
-    table = markdown(summary)
-    (out / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(table, encoding="utf-8")
-    return table
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:

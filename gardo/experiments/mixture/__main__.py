@@ -17,12 +17,14 @@ def main(arguments: Sequence[str]) -> int:
     # imported here, so that --help answers at once
     from gardo.experiments.mixture.plots import draw
     from gardo.experiments.mixture.run import QUICK, run_all
-    from gardo.experiments.mixture.tables import summarize, write
+    from gardo.experiments.mixture.tables import markdown, summarize
     from gardo.experiments.mixture.training import Settings
+    from gardo.experiments.tables import write
 
     settings = QUICK if options.quick else Settings()
     records = run_all(options.seeds, settings, options.out, options.jobs)
-    print(write(options.out, summarize(records, settings)))
+    summary = summarize(records, settings)
+    print(write(options.out, summary, markdown(summary)))
     draw(records, options.out / "mixture.png")
     cli.tell(f"written to {options.out}")
     return cli.DONE

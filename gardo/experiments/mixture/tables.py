@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from gardo.experiments.mixture.methods import PARTS
 from gardo.experiments.mixture.training import Settings
+from gardo.experiments.tables import cell, over_seeds, seeds_of, table_head, table_row
 
 COLUMNS = {
     "centre": "in the centre",
@@ -73,15 +72,7 @@ def summarize(records: list[dict[str, Any]], settings: Settings) -> dict[str, An
 
 
 def _over_seeds(rows: list[dict[str, float]]) -> dict[str, Any]:
-    columns = {name: [round(row[name], 4) for row in rows] for name in rows[0]}
-    return {
-        name: {
-            "mean": round(fmean(values), 4),
-            "sd": round(stdev(values), 4) if len(values) > 1 else None,
-            "seeds": values,
-        }
-        for name, values in columns.items()
-    }
+    return {name: over_seeds([row[name] for row in rows]) for name in rows[0]}
 
 
 def markdown(summary: dict[str, Any]) -> str:
@@ -97,28 +88,13 @@ def markdown(summary: dict[str, Any]) -> str:
     for name, part in summary["parts"].items():
         shown = SHOWN[name]
         first = COLUMNS[shown[0]]
-        header = ["method", *(COLUMNS[c] for c in shown), f"{first}, seed by seed"]
-        lines += ["", f"## {part['title']}", "", _row(header), "|" + "---|" * len(header)]
+        head = ["method", *(COLUMNS[c] for c in shown), f"{first}, seed by seed"]
+        lines += ["", f"## {part['title']}", "", *table_head(head)]
         for method, values in [("pretrained", part["pretrained"]), *part["methods"].items()]:
             cells = [_cell(c, values[c]) if c in values else "" for c in shown]
-            each = " ".join(f"{v:.3f}" for v in values[shown[0]]["seeds"])
-            lines.append(_row([method, *cells, each]))
+            lines.append(table_row([method, *cells, seeds_of(values[shown[0]])]))
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _cell(column: str, value: dict[str, Any]) -> str:
-    digits = 1 if column in _COUNTS else 3
-    spread = "" if value["sd"] is None else f" ± {value['sd']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{spread}"
-
-
-def write(out: Path, summary: dict[str, Any]) -> str:
-    """Write ``results.json`` and ``results.md`` into ``out``; returns the Markdown."""
-    table = markdown(summary)
-    (out / "results.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(table, encoding="utf-8")
-    return table
+    return cell(value, 1 if column in _COUNTS else 3)
