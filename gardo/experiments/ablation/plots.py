@@ -33,8 +33,8 @@ def draw_frontier(summary: dict[str, Any], path: Path) -> None:
             axes.errorbar(
                 x,
                 y,
-                xerr,
-                yerr,
+                xerr=xerr,
+                yerr=yerr,
                 marker="o",
                 ms=5,
                 lw=1.2,
