@@ -47,7 +47,7 @@ class Scale:
     groups: int = 6
     group_size: int = 12
     kl_coefs: tuple[float, ...] = (0.1, 0.3, 1.0)
-    evaluations: int = 2
+    evaluations: int = 1
     prompts: int = 40
 
     @property
