@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from gardo.config import Config, iter_keys, load_config, recipe_description, recipe_names, type_name
 from gardo.runtime.arguments import Parser
-from gardo.runtime.signals import STOPPED, Stopped
+from gardo.runtime.signals import STOPPED, Stopped, leave
 from gardo.types import UserError
 
 if TYPE_CHECKING:  # not needed for --help
@@ -198,4 +198,4 @@ def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
     except BrokenPipeError:  # such as `--help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = FAILED
-    sys.exit(code)
+    leave(code)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 STOPPED = 75
 """Exit code of a run that a signal stopped and that left a checkpoint (EX_TEMPFAIL: try again)."""
@@ -116,3 +116,17 @@ def _tell(text: str) -> None:
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
     except (OSError, ValueError):  # closed
         return
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code.
+
+    One of several processes ends without the interpreter's clean-up: threads of the process group
+    may abort it there, and a launcher would call a run that is done a failure. By then files are
+    closed and the group is left.
+    """
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -230,7 +230,7 @@ def test_ocr_prompts_quote_one_text():
         ("counting", {"size": 10**6}, "at most the 2880 different prompts"),
         ("ocr", {"lengths": []}, "at least one number of words"),
         ("ocr", {"lengths": [1], "size": 10**6}, "size: expected at most"),
-        ("shapes", {"size": 3}, "has no 'size' (it has: none)"),
+        ("shapes", {"size": 3}, "has no 'size' (it has: counts)"),
     ],
 )
 def test_wrong_parameters_are_named(generator, parameters, expected):

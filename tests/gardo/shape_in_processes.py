@@ -14,6 +14,7 @@ from gardo.algorithms.shaping import Shaper
 from gardo.config import load_config
 from gardo.rewards.scoring import RewardSet, ScoreBook
 from gardo.runtime.process import Runtime
+from gardo.runtime.signals import leave
 from gardo.sampling.plan import plan_epoch
 
 PROMPTS, GROUP = 3, 5
@@ -43,3 +44,4 @@ def main(output: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave(0)

@@ -16,6 +16,7 @@ from gardo.config import load_config
 from gardo.runtime.process import Runtime
 from gardo.runtime.resume import find_resume_point
 from gardo.runtime.run_folder import RunFolder
+from gardo.runtime.signals import leave
 from gardo.trainer import Trainer
 
 SMALL = {
@@ -143,6 +144,7 @@ def main(path: str) -> None:
         run(case)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
