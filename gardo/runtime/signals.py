@@ -121,11 +121,11 @@ def _tell(text: str) -> None:
 def leave(code: int) -> NoReturn:
     """End the process with an exit code.
 
-    One of several processes ends without the interpreter's clean-up: threads of the process group
-    may abort it there, and a launcher would call a run that is done a failure. By then files are
-    closed and the group is left.
+    One of several processes that is done ends without the interpreter's clean-up: threads of the
+    process group may abort it there, and a launcher would call the run a failure. By then files
+    are closed and the group is left.
     """
-    if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+    if code != 0 or os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
