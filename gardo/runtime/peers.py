@@ -22,6 +22,8 @@ _INTERVAL = 0.25
 """Seconds between two looks for a notice."""
 _PATIENCE = 120.0
 """Seconds to wait for the main process's answer."""
+_STOPPING_PATIENCE = 20.0
+"""The same after a signal, when launchers kill after 30 seconds."""
 
 
 class Peers:
@@ -79,9 +81,12 @@ class Peers:
             return
         self._left.set()
         self._thread.join()  # lest it hears of this process itself
-        if error is None or isinstance(error, Stopped):
+        if error is None:
             return
         try:
+            if isinstance(error, Stopped):  # nobody goes while the main one is in a collective
+                self.answer() if self.rank == 0 else self.await_answer(stopping=True)
+                return
             text = f"{type(error).__name__}: {error}".strip()
             self._store.compare_set(_key("failed"), "", f"process {self.rank} failed: {text}")
             if self.rank == 0:
@@ -95,10 +100,13 @@ class Peers:
         """The main process has done what it can: the others may end."""
         self._store.set(_key("answer"), "done")
 
-    def await_answer(self) -> None:
-        """Wait until the main process has answered, a signal came, or it has been long."""
-        deadline = time.monotonic() + _PATIENCE
-        while time.monotonic() < deadline and self._stop.signal is None:
+    def await_answer(self, stopping: bool = False) -> None:
+        """Wait until the main process has answered, a signal came, or it has been long.
+
+        With ``stopping`` the signal is what all end for, and there is less patience.
+        """
+        deadline = time.monotonic() + (_STOPPING_PATIENCE if stopping else _PATIENCE)
+        while time.monotonic() < deadline and (stopping or self._stop.signal is None):
             if self._store.check([_key("answer")]):
                 return
             time.sleep(_INTERVAL)
