@@ -78,7 +78,8 @@ def test_a_signal_is_seen_to_once_while_the_process_goes_on(store):
     assert main.signals == [1]
 
 
-def test_what_is_no_failure_is_not_told(store):
+def test_what_is_no_failure_is_not_told(store, monkeypatch):
+    monkeypatch.setattr("gardo.runtime.peers._STOPPING_PATIENCE", 0.5)  # nobody answers
     main = Others(0)
     with main.peers:
         with Peers(1, 2, StopRequest(), pytest.fail, pytest.fail):
@@ -99,3 +100,16 @@ def test_who_has_left_hears_nothing(store):
 def test_one_process_needs_no_store(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert fail(0, ValueError("x"), world_size=1) < 1
+
+
+def test_who_stops_on_a_signal_waits_until_the_main_process_leaves(store):
+    stop = StopRequest()
+    stop.signal = "SIGTERM"
+    left = []
+    waiting = threading.Thread(target=lambda: left.append(fail(1, Stopped("saved"), stop)))
+    waiting.start()
+    waiting.join(0.6)
+    assert not left  # the main process may still be in a collective
+    fail(0, Stopped("saved"))
+    waiting.join(5)
+    assert len(left) == 1
