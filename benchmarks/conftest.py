@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _COPY_BYTES = 256 << 20
+# Rounds of a benchmark: half a second of them, which outlasts what else the machine has to do.
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.5, 15, 2000
 
 
 def synchronize() -> None:
@@ -57,7 +60,8 @@ def measure(benchmark: Any, copy_bandwidth: float) -> Callable[..., None]:
 
         benchmark.group = group
         peak = peak_bytes(synchronized)
-        benchmark.pedantic(synchronized, rounds=15, iterations=1, warmup_rounds=3)
+        rounds = min(max(MIN_ROUNDS, int(SECONDS / duration(synchronized))), MAX_ROUNDS)
+        benchmark.pedantic(synchronized, rounds=rounds, iterations=1, warmup_rounds=3)
         seconds = benchmark.stats.stats.median
         benchmark.extra_info.update(
             device=DEVICE,
@@ -71,6 +75,16 @@ def measure(benchmark: Any, copy_bandwidth: float) -> Callable[..., None]:
         )
 
     return go
+
+
+def duration(run: Callable[[], Any]) -> float:
+    """Seconds of one call, the median of three."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:

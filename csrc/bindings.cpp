@@ -34,9 +34,11 @@ class Args {
 
   template <typename T>
   T value(const char* name) const {
-    if (!kwargs_.contains(name)) throw py::type_error(std::string(name) + ": missing");
+    // Looked up once: a call has up to 25 arguments, each of which makes a string of its name.
+    PyObject* const found = PyDict_GetItemString(kwargs_.ptr(), name);
+    if (found == nullptr) throw py::type_error(std::string(name) + ": missing");
     try {
-      return kwargs_[name].cast<T>();
+      return py::handle(found).cast<T>();
     } catch (const py::cast_error&) {
       throw py::type_error(std::string(name) + ": wrong type");
     }
@@ -184,7 +186,7 @@ void win_rate_cuda(const py::kwargs& kwargs) {
 }
 #endif
 
-void nearest_neighbor(const py::kwargs& kwargs) {
+bool nearest_neighbor(const py::kwargs& kwargs) {
   const Args args(kwargs);
   gardo::NearestNeighborParams p{};
   p.num_samples = args.value<int64_t>("num_samples");
@@ -194,19 +196,11 @@ void nearest_neighbor(const py::kwargs& kwargs) {
   const bool any = p.num_samples > 0;
   p.features = args.input("features", any);
   p.groups = args.array<const int64_t>("group_ids", any);
+  p.max_group = args.value<int64_t>("max_group");
   p.num_threads = args.threads();
   p.distance = args.array<float>("distance", any);
   const py::gil_scoped_release released;
-  gardo::nearest_neighbor_cpu(p);
-}
-
-int64_t largest_group(const py::kwargs& kwargs) {
-  const Args args(kwargs);
-  const auto num_samples = args.value<int64_t>("num_samples");
-  if (num_samples < 0) refuse("num_samples", "expected >= 0");
-  const auto* group_ids = args.array<const int64_t>("group_ids", num_samples > 0);
-  const py::gil_scoped_release released;
-  return gardo::largest_group(group_ids, num_samples);
+  return gardo::nearest_neighbor_cpu(p);
 }
 
 gardo::SdeCoefficients coefficients(const Args& args, bool any, bool with_c, bool with_density) {
@@ -381,7 +375,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("win_rate", &win_rate);
   m.def("nearest_neighbor", &nearest_neighbor);
-  m.def("largest_group", &largest_group);
   m.def("sde_step", &sde_step);
   m.def("sde_log_prob", &sde_log_prob);
   m.def("affine_backward", &affine_backward);

@@ -11,7 +11,7 @@ using std::int64_t;
 Groups sort_groups(const int64_t* ids, int64_t n) {
   std::vector<Keyed> keyed(static_cast<std::size_t>(n)), scratch(static_cast<std::size_t>(n));
   for (int64_t i = 0; i < n; ++i) keyed[i] = {key_of(ids[i]), i};
-  stable_sort_by_key(keyed.data(), scratch.data(), n);
+  sort_by_key(keyed.data(), scratch.data(), n);
   Groups groups;
   groups.order.resize(static_cast<std::size_t>(n));
   for (int64_t i = 0; i < n; ++i) {

@@ -257,20 +257,14 @@ void nearest_of_large_group(Group& group, int num_threads) {
 
 }  // namespace
 
-int64_t largest_group(const int64_t* group_ids, int64_t num_samples) {
-  const Groups groups = sort_groups(group_ids, num_samples);
-  int64_t largest = 0;
-  for (int64_t g = 0; g < groups.count(); ++g) {
-    largest = std::max(largest, groups.start[g + 1] - groups.start[g]);
-  }
-  return largest;
-}
-
-void nearest_neighbor_cpu(const NearestNeighborParams& p) {
+bool nearest_neighbor_cpu(const NearestNeighborParams& p) {
   const Groups groups = sort_groups(p.groups, p.num_samples);
   const auto size_of = [&](int64_t g) { return groups.start[g + 1] - groups.start[g]; };
   const auto members_of = [&](int64_t g) { return groups.order.data() + groups.start[g]; };
 
+  for (int64_t g = 0; g < groups.count(); ++g) {
+    if (size_of(g) > p.max_group) return false;
+  }
   int64_t largest_small = 0, small_work = 0;
   for (int64_t g = 0; g < groups.count(); ++g) {
     const int64_t size = size_of(g);
@@ -283,7 +277,7 @@ void nearest_neighbor_cpu(const NearestNeighborParams& p) {
     group.begin(members_of(g), size);
     nearest_of_large_group(group, p.num_threads);
   }
-  if (largest_small == 0) return;
+  if (largest_small == 0) return true;
   // Allocated here: an exception must not leave a parallel region.
   std::vector<Group> workspaces;
   workspaces.reserve(static_cast<std::size_t>(p.num_threads));
@@ -302,6 +296,7 @@ void nearest_neighbor_cpu(const NearestNeighborParams& p) {
   }
   (void)share;  // these are unused without OpenMP
   (void)small_work;
+  return true;
 }
 
 }  // namespace gardo

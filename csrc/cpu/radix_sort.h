@@ -1,4 +1,4 @@
-// Stable sorting of samples by 64-bit keys, and the keys of the types that are sorted.
+// Sorting of samples by 64-bit keys, and the keys of the types that are sorted.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ inline std::uint64_t key_of(double value) {
   return raw >> 63 != 0 ? ~raw : raw | (std::uint64_t{1} << 63);
 }
 
-// Sorts items[0, n) by key, equal keys in their present order; scratch[0, n) is overwritten.
-void stable_sort_by_key(Keyed* items, Keyed* scratch, std::int64_t n);
+// Sorts items[0, n) by key, equal keys by index; scratch[0, n) is overwritten.
+void sort_by_key(Keyed* items, Keyed* scratch, std::int64_t n);
 
 }  // namespace gardo

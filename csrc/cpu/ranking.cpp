@@ -13,7 +13,7 @@ int64_t rank_members(const double* reward, const int64_t* members, int64_t n,
     const std::uint64_t key = key_of(reward[i]);
     ranked[count++] = {descending ? ~key : key, i};
   }
-  stable_sort_by_key(ranked, scratch, count);
+  sort_by_key(ranked, scratch, count);
   return count;
 }
 

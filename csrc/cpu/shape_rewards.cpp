@@ -55,81 +55,83 @@ Moments moments(const double* values, const int64_t* members, int64_t n,
 
 constexpr double kStdEps = 1e-4;
 
-void group_advantages(const ShapeRewardsParams& p, const Groups& groups,
-                      const std::vector<std::uint8_t>& valid) {
+// What is set up before the parallel part of the work.
+struct Plan {
+  const ShapeRewardsParams& p;
+  const Groups groups;
+  const Groups scopes;  // the samples that are ranked together
+  const std::vector<std::uint8_t> valid;
   double global_scale = 1.0;
-  if (p.advantage_norm == AdvantageNorm::kGlobalStd) {
+  std::vector<int64_t> score;  // [K + 1, N]: doubled wins, or the ordinal rank (official)
+
+  explicit Plan(const ShapeRewardsParams& params)
+      : p(params),
+        groups(sort_groups(p.groups, p.num_samples)),
+        scopes(p.scope == RankScope::kBatch ? single_group(p.num_samples) : groups),
+        valid(valid_samples(p)),
+        score((p.num_aux + 1) * p.num_samples) {
+    if (p.advantage_norm != AdvantageNorm::kGlobalStd) return;
     const Groups all = single_group(p.num_samples);
-    const Moments m = moments(p.proxy, all.order.data(), p.num_samples, valid);
-    global_scale = std::sqrt(m.variance) + kStdEps;
+    global_scale = scale_of(moments(p.proxy, all.order.data(), p.num_samples, valid));
   }
-#pragma omp parallel for num_threads(p.num_threads) \
-    schedule(static) if (p.num_samples > kParallelSamples)
-  for (int64_t g = 0; g < groups.count(); ++g) {
-    const int64_t* members = groups.order.data() + groups.start[g];
-    const int64_t n = groups.start[g + 1] - groups.start[g];
-    const Moments reward = moments(p.proxy, members, n, valid);
-    const double scale = p.advantage_norm == AdvantageNorm::kGroupStd
-                             ? std::sqrt(reward.variance) + kStdEps
-                             : global_scale;
-    double mean_distance = 0.0;
-    if (p.distance != nullptr) mean_distance = moments(p.distance, members, n, valid).mean;
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t i = members[j];
-      if (!valid[i]) {
-        p.advantage[i] = 0.0;
-        continue;
-      }
-      double advantage = (p.proxy[i] - reward.mean) / scale;
-      // Identical images (mean distance 0) carry no information about diversity: factor 1.
-      if (mean_distance > 0.0 && advantage >= 0.0) advantage *= p.distance[i] / mean_distance;
-      p.advantage[i] = advantage;
+
+  static double scale_of(const Moments& m) { return std::sqrt(m.variance) + kStdEps; }
+};
+
+void group_advantages(const Plan& plan, int64_t g) {
+  const ShapeRewardsParams& p = plan.p;
+  const int64_t* members = plan.groups.order.data() + plan.groups.start[g];
+  const int64_t n = plan.groups.start[g + 1] - plan.groups.start[g];
+  const Moments reward = moments(p.proxy, members, n, plan.valid);
+  const double scale =
+      p.advantage_norm == AdvantageNorm::kGroupStd ? Plan::scale_of(reward) : plan.global_scale;
+  double mean_distance = 0.0;
+  if (p.distance != nullptr) mean_distance = moments(p.distance, members, n, plan.valid).mean;
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t i = members[j];
+    if (!plan.valid[i]) {
+      p.advantage[i] = 0.0;
+      continue;
     }
+    double advantage = (p.proxy[i] - reward.mean) / scale;
+    // Identical images (mean distance 0) carry no information about diversity: factor 1.
+    if (mean_distance > 0.0 && advantage >= 0.0) advantage *= p.distance[i] / mean_distance;
+    p.advantage[i] = advantage;
   }
 }
 
-void uncertainties(const ShapeRewardsParams& p, const Groups& scopes,
-                   const std::vector<std::uint8_t>& valid) {
+// Scores of the samples of scope `s` by reward `k`: 0 is the proxy, then the auxiliaries.
+void rank_scope(Plan& plan, int64_t k, int64_t s, Keyed* ranked, Keyed* scratch) {
+  const ShapeRewardsParams& p = plan.p;
   const bool official = p.gate_mode == GateMode::kOfficial;
-  const int64_t n = p.num_samples;
-  const int64_t rewards = p.num_aux + 1;
-  std::vector<int64_t> score(rewards * n);
-  std::vector<Keyed> ranked(rewards * n), scratch(rewards * n);
-  const int64_t jobs = scopes.count() * rewards;
-#pragma omp parallel for num_threads(p.num_threads) schedule(dynamic) if (n > kParallelSamples)
-  for (int64_t job = 0; job < jobs; ++job) {
-    const int64_t k = job / scopes.count();
-    const int64_t s = job % scopes.count();
-    const int64_t begin = scopes.start[s];
-    const int64_t size = scopes.start[s + 1] - begin;
-    const double* reward = k == 0 ? p.proxy : p.aux + (k - 1) * n;
-    Keyed* own = ranked.data() + k * n + begin;
-    const int64_t count = rank_members(reward, scopes.order.data() + begin, size, valid.data(),
-                                       official, own, scratch.data() + k * n + begin);
-    int64_t* scores = score.data() + k * n;
-    if (official) {
-      for (int64_t j = 0; j < count; ++j) scores[own[j].index] = j + 1;
-    } else {
-      doubled_wins(own, count, scores);
-    }
-  }
-#pragma omp parallel for num_threads(p.num_threads) schedule(static) if (n > kParallelSamples)
-  for (int64_t s = 0; s < scopes.count(); ++s) {
-    int64_t count = 0;
-    for (int64_t j = scopes.start[s]; j < scopes.start[s + 1]; ++j) count += valid[scopes.order[j]];
-    for (int64_t j = scopes.start[s]; j < scopes.start[s + 1]; ++j) {
-      const int64_t i = scopes.order[j];
-      if (!valid[i] || p.num_aux == 0 || (count < 2 && !official)) {
-        p.uncertainty[i] = 0.0;
-        continue;
-      }
-      int64_t sum_aux = 0;
-      for (int64_t k = 1; k < rewards; ++k) sum_aux += score[k * n + i];
-      // In integers up to here, so that agreement is exactly 0 and ties compare equal.
-      const int64_t gap = p.num_aux * score[i] - sum_aux;
-      const int64_t unit = official ? p.num_aux : 2 * (count - 1) * p.num_aux;
-      p.uncertainty[i] = static_cast<double>(gap) / static_cast<double>(unit);
-    }
+  const int64_t begin = plan.scopes.start[s];
+  const int64_t size = plan.scopes.start[s + 1] - begin;
+  const double* reward = k == 0 ? p.proxy : p.aux + (k - 1) * p.num_samples;
+  const int64_t count = rank_members(reward, plan.scopes.order.data() + begin, size,
+                                     plan.valid.data(), official, ranked + begin, scratch + begin);
+  int64_t* score = plan.score.data() + k * p.num_samples;
+  if (!official) return doubled_wins(ranked + begin, count, score);
+  for (int64_t j = 0; j < count; ++j) score[ranked[begin + j].index] = j + 1;
+}
+
+void scope_uncertainties(const Plan& plan, int64_t s) {
+  const ShapeRewardsParams& p = plan.p;
+  const bool official = p.gate_mode == GateMode::kOfficial;
+  const int64_t* members = plan.scopes.order.data() + plan.scopes.start[s];
+  const int64_t n = plan.scopes.start[s + 1] - plan.scopes.start[s];
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; ++j) count += plan.valid[members[j]];
+  const bool ranked = p.num_aux > 0 && (count > 1 || official);
+  const int64_t unit = official ? p.num_aux : 2 * (count - 1) * p.num_aux;
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t i = members[j];
+    p.uncertainty[i] = 0.0;
+    if (!ranked || !plan.valid[i]) continue;
+    int64_t sum_aux = 0;
+    for (int64_t k = 1; k <= p.num_aux; ++k) sum_aux += plan.score[k * p.num_samples + i];
+    // In integers up to here, so that agreement is exactly 0 and ties compare equal.
+    const int64_t gap = p.num_aux * plan.score[i] - sum_aux;
+    p.uncertainty[i] = static_cast<double>(gap) / static_cast<double>(unit);
   }
 }
 
@@ -174,11 +176,25 @@ void gate_samples(const ShapeRewardsParams& p, const std::vector<std::uint8_t>& 
 }  // namespace
 
 void shape_rewards_cpu(const ShapeRewardsParams& p) {
-  const std::vector<std::uint8_t> valid = valid_samples(p);
-  const Groups groups = sort_groups(p.groups, p.num_samples);
-  group_advantages(p, groups, valid);
-  uncertainties(p, p.scope == RankScope::kBatch ? single_group(p.num_samples) : groups, valid);
-  gate_samples(p, valid);
+  Plan plan(p);
+  const int64_t n = p.num_samples;
+  const int64_t scopes = plan.scopes.count();
+  const int64_t rankings = (p.num_aux + 1) * scopes;
+  std::vector<Keyed> ranked((p.num_aux + 1) * n), scratch((p.num_aux + 1) * n);
+#pragma omp parallel num_threads(p.num_threads) if (n > kParallelSamples)
+  {
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t job = 0; job < rankings; ++job) {
+      const int64_t k = job / scopes;
+      rank_scope(plan, k, job % scopes, ranked.data() + k * n, scratch.data() + k * n);
+    }
+    // By whoever has no ranking left, and then, after the last ranking, all.
+#pragma omp for schedule(dynamic)
+    for (int64_t g = 0; g < plan.groups.count(); ++g) group_advantages(plan, g);
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < scopes; ++s) scope_uncertainties(plan, s);
+  }
+  gate_samples(p, plan.valid);
 }
 
 }  // namespace gardo

@@ -115,7 +115,7 @@ void test_nearest_neighbor() {
       for (const auto type : {gardo::DType::kFloat32, gardo::DType::kBFloat16}) {
         const void* data = type == gardo::DType::kFloat32 ? static_cast<void*>(features.data())
                                                           : static_cast<void*>(bfloats.data());
-        gardo::nearest_neighbor_cpu({{data, type}, groups.data(), n, dim, 2, distance.data()});
+        gardo::nearest_neighbor_cpu({{data, type}, groups.data(), n, dim, n, 2, distance.data()});
         for (std::int64_t i = 0; i < n; ++i) {
           const bool missing = n > 4 && i == 2 && type == gardo::DType::kFloat32;
           expect(missing ? std::isnan(distance[i]) : distance[i] >= 0.0f && distance[i] <= 2.0f,

@@ -32,8 +32,8 @@ from gardo_kernels._native_latents import (
 )
 from gardo_kernels._native_rewards import (
     NativeShapedRewards,
-    largest_group,
     nearest_neighbor_distance,
+    nearest_neighbor_distance_up_to,
     shape_rewards,
     win_rate,
 )
@@ -50,8 +50,8 @@ __all__ = [
     "has_cuda",
     "has_openmp",
     "is_available",
-    "largest_group",
     "nearest_neighbor_distance",
+    "nearest_neighbor_distance_up_to",
     "nft_backward",
     "nft_loss",
     "sde_log_prob",

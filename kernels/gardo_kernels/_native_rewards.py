@@ -161,25 +161,31 @@ def nearest_neighbor_distance(features: Tensor, group_ids: Tensor) -> Tensor:
     0 for a sample without another usable member, NaN for a row that is not finite (it is no one's
     neighbour), distance 1 from and to a zero row, exactly 0 between identical rows.
     """
+    distance, _ = _nearest_neighbor(features, group_ids, len(group_ids))
+    return distance
+
+
+def nearest_neighbor_distance_up_to(
+    features: Tensor, group_ids: Tensor, max_group: int
+) -> Tensor | None:
+    """As above; None, with nothing computed, where a group has more than ``max_group`` members."""
+    distance, computed = _nearest_neighbor(features, group_ids, max_group)
+    return distance if computed else None
+
+
+def _nearest_neighbor(features: Tensor, group_ids: Tensor, max_group: int) -> tuple[Tensor, bool]:
     core = require_core()
     if features.dim() != 2:
         raise ValueError(f"features: expected shape [N, D], got {list(features.shape)}")
     samples, dim = features.shape
     distance = float32(samples)
-    core.nearest_neighbor(
+    computed = core.nearest_neighbor(
         features=latents("features", features, features),
         group_ids=array("group_ids", group_ids, torch.int64, (samples,)),
         num_samples=samples,
         dim=dim,
+        max_group=max_group,
         num_threads=torch.get_num_threads(),
         distance=distance.data_ptr(),
     )
-    return distance
-
-
-def largest_group(group_ids: Tensor) -> int:
-    """Number of members of the largest group of ``group_ids``, ``[N]`` int64 on the CPU."""
-    ids, samples = group_ids.contiguous(), group_ids.shape[0]
-    return require_core().largest_group(
-        group_ids=array("group_ids", ids, torch.int64, (samples,)), num_samples=samples
-    )
+    return distance, computed

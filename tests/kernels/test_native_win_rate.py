@@ -55,6 +55,26 @@ def test_large_batches_agree_with_sorting(samples: int) -> None:
     torch.testing.assert_close(got[0], want, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("samples", [300, 5000, 70_000])
+@pytest.mark.parametrize("spread", ["clustered", "ties", "wide"])
+def test_sorting_by_the_highest_digits_first(samples: int, spread: str) -> None:
+    # What differs in the lower digits alone, or hardly at all, is told apart afterwards.
+    rng = torch.Generator().manual_seed(samples)
+    steps = torch.randint(0, 2 * samples, (samples,), generator=rng).double()
+    rewards = {
+        "clustered": 1 + steps * 2.0**-52,
+        "ties": steps % 7,
+        "wide": (steps - samples) * 10 ** (steps % 500 - 250),
+    }[spread]
+    rewards[samples // 2] = -1e300
+    ordered = rewards.sort().values
+    lower = torch.searchsorted(ordered, rewards)
+    not_higher = torch.searchsorted(ordered, rewards, right=True)
+    want = (lower + 0.5 * (not_higher - lower - 1).double()) / (samples - 1)
+    got = _native.win_rate(rewards[None])[0]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-15)
+
+
 def test_wrong_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"rewards: expected shape \[K, N\], got \[3\]"):
         _native.win_rate(torch.zeros(3).double())

@@ -116,13 +116,14 @@ def test_faiss_takes_over_at_large_groups(rng, monkeypatch):
     assert called == [1100]
 
 
-def test_largest_group_in_the_core(rng):
+def test_the_core_refuses_groups_above_a_size(rng):
     ids = torch.randint(-5, 5, (3000,), generator=rng) * 2**40
-    counts = ids.unique(return_counts=True)[1]
-    assert _native.largest_group(ids) == int(counts.max())
-    assert _native.largest_group(ids[::7]) == int(ids[::7].unique(return_counts=True)[1].max())
-    assert _native.largest_group(ids[:0]) == 0
-    assert _native.largest_group(ids[:1]) == 1
+    features = torch.randn(3000, 4, generator=rng)
+    largest = int(ids.unique(return_counts=True)[1].max())
+    assert _native.nearest_neighbor_distance_up_to(features, ids, largest - 1) is None
+    distance = _native.nearest_neighbor_distance_up_to(features, ids, largest)
+    assert torch.equal(distance, _native.nearest_neighbor_distance(features, ids))
+    assert _native.nearest_neighbor_distance_up_to(features[:0], ids[:0], 0).shape == (0,)
 
 
 @pytest.mark.skipif(HAS_FAISS, reason="faiss is installed")

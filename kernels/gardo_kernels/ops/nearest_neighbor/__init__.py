@@ -27,8 +27,12 @@ _FAISS_FROM = 1024
 
 def _kernel(features: Tensor, group_ids: Tensor, backend: str) -> Tensor:
     if backend == _BY_GROUP_SIZE:
-        large = len(group_ids) >= _FAISS_FROM and _native.largest_group(group_ids) >= _FAISS_FROM
-        backend = "faiss" if large else "native"
+        distance = _native.nearest_neighbor_distance_up_to(
+            features.contiguous(), group_ids.contiguous(), _FAISS_FROM - 1
+        )
+        if distance is not None:
+            return distance
+        backend = "faiss"
     run = kernels("nearest_neighbor", backend)
     return run.nearest_neighbor_distance(features, group_ids).to(_checks.compute_dtype(features))
 
