@@ -126,9 +126,18 @@ void test_nearest_neighbor() {
   }
   const std::vector<float> features = {2, 0, 0, 3, 5, 5};
   const std::vector<std::int64_t> groups = {1, 1, 1};
-  std::vector<float> distance(3);
-  gardo::nearest_neighbor_cpu(
-      {{features.data(), gardo::DType::kFloat32}, groups.data(), 3, 2, 1, distance.data()});
+  std::vector<float> distance(3, -1.0f);
+  const auto of_at_most = [&](std::int64_t max_group) {
+    return gardo::nearest_neighbor_cpu({{features.data(), gardo::DType::kFloat32},
+                                        groups.data(),
+                                        3,
+                                        2,
+                                        max_group,
+                                        1,
+                                        distance.data()});
+  };
+  expect(!of_at_most(2) && distance[0] == -1.0f, "nearest_neighbor: too large a group");
+  expect(of_at_most(3), "nearest_neighbor: a group that is not too large");
   for (const float d : distance) expect(near(d, 1 - std::sqrt(0.5), 1e-6), "nearest_neighbor");
 }
 
