@@ -360,7 +360,7 @@ class Trainer:
 def evaluation_due(config: Config, done: int) -> str | None:
     """Name of the evaluation that follows ``done`` epochs; None if there is none."""
     if done == 0:
-        return "start"
+        return "start" if config.evaluation.at_start else None
     if done == config.epochs:
         return "end"
     every = config.evaluation.every

@@ -262,6 +262,7 @@ class TrainConfig(Section):
 
 class EvaluationConfig(Section):
     every: NonNegative = key(0, "epochs between held-out evaluations; 0: at start and end only")
+    at_start: bool = key(True, "evaluate before the first epoch, too")
     samples_per_prompt: Annotated[int, Field(ge=2)] = key(4, "images per prompt")
     max_prompts: Positive = key(40, "prompts judged, the first ones")
     num_steps: Annotated[int, Field(ge=2)] = key(20, "denoising steps, without noise")

@@ -93,10 +93,10 @@ def write_model_card(
 def _table(config: Config, evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     if not evaluations:
         return ["The run made no held-out evaluation."]
-    first, last = evaluations[0], evaluations[-1]
+    compared = [*evaluations[:1], *evaluations[1:][-1:]]  # the first and the last
     shown = [
         name
-        for name in last
+        for name in compared[-1]
         if name.endswith("/mean") or name in ("diversity/pairwise", "feature_distance")
     ]
     settings = config.evaluation
@@ -104,16 +104,22 @@ def _table(config: Config, evaluations: Sequence[Mapping[str, Any]]) -> list[str
         f"Live weights, {settings.num_steps} ODE steps, seed {settings.seed}, "
         f"{settings.samples_per_prompt} images of each of at most {settings.max_prompts} prompts.",
         "",
-        f"| | before | after {last['epoch']} epochs |",
-        "|---|---|---|",
+        f"| | {' | '.join(_when(row) for row in compared)} |",
+        f"|---|{'---|' * len(compared)}",
     ]
     role = dict.fromkeys(config.rewards.aux, "auxiliary")
     role |= dict.fromkeys(config.rewards.proxy_weights, "trained on")
     for name in shown:
         label = name.removeprefix("reward/").removesuffix("/mean")
         what = f" ({role[label]})" if label in role else ""
-        lines.append(f"| {label}{what} | {_number(first.get(name))} | {_number(last[name])} |")
+        values = " | ".join(_number(row.get(name)) for row in compared)
+        lines.append(f"| {label}{what} | {values} |")
     return lines
+
+
+def _when(evaluation: Mapping[str, Any]) -> str:
+    epoch = evaluation["epoch"]
+    return f"after {epoch} epochs" if epoch else "before"
 
 
 def _number(value: Any) -> str:

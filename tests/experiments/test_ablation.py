@@ -11,6 +11,7 @@ from gardo.experiments.ablation import __main__ as command
 from gardo.experiments.ablation import methods, run
 from gardo.experiments.ablation.results import markdown, summarize
 from gardo.experiments.training_runs import TrainingRun, train_all
+from gardo.runtime.metrics import read_metrics
 from gardo.types import UserError
 
 SMALLEST = run.Scale(epochs=1, groups=2, group_size=2, kl_coefs=(0.1,), evaluations=1, prompts=2)
@@ -150,6 +151,15 @@ def test_command(tmp_path, monkeypatch, capsys):
     summary = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(summary["settings"]) == {"grpo", "gardo-0.1"}
     assert summary["settings"]["grpo"]["gated"]["mean"] == 0
+    evaluated = {
+        name: read_metrics(tmp_path / "out" / "runs" / f"{name}-seed0" / "evaluation.jsonl")
+        for name in ("grpo", "gardo-0.1")
+    }
+    assert [row["name"] for row in evaluated["grpo"]] == ["start", "end"]
+    assert [row["name"] for row in evaluated["gardo-0.1"]] == ["end"]
+    assert summary["start"]["proxy"]["mean"] == pytest.approx(
+        evaluated["grpo"][0]["reward/count/mean"], abs=1e-4
+    )
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/jpeg") == 3
     assert page.count("data:image/png") == 2

@@ -37,6 +37,12 @@ def test_front_matter_evaluation_and_configuration():
     assert yaml.safe_load(embedded)["model"]["path"] == "someone/sd35: medium"
 
 
+def test_a_single_evaluation_is_no_comparison():
+    text = model_card(load_config("tiny"), "sd3", ROWS[1:])
+    assert "| | after 7 epochs |\n|---|---|\n| count (trained on) | 1.25 |" in text
+    assert "before" not in text
+
+
 def test_the_embedded_model_is_no_base_on_the_hub():
     assert "base_model" not in card()
 

@@ -39,7 +39,7 @@ class Scale:
 
     Attributes:
         groups: prompts per epoch.
-        evaluations: held-out evaluations after the one at the start.
+        evaluations: held-out evaluations after the one at the start, which a seed has once.
         prompts: how many of the 40 prompts are judged, four images each.
     """
 
@@ -72,23 +72,35 @@ QUICK = Scale(epochs=3, groups=4, group_size=4, kl_coefs=(0.1,), evaluations=1, 
 
 @dataclass(frozen=True)
 class Task:
-    """One run: a setting from one seed."""
+    """One run: a setting from one seed.
+
+    Attributes:
+        at_start: whether the base is evaluated, which all runs of a seed have in common.
+    """
 
     setting: Setting
     seed: int
     scale: Scale
     out: Path
+    at_start: bool
 
     @property
     def run(self) -> TrainingRun:
-        overrides = {"seed": str(self.seed), **self.scale.overrides, **self.setting.overrides}
+        overrides = {
+            "seed": str(self.seed),
+            **self.scale.overrides,
+            "evaluation.at_start": str(self.at_start).lower(),
+            **self.setting.overrides,
+        }
         return TrainingRun(self.out / "runs" / f"{self.setting.name}-seed{self.seed}", overrides)
 
 
 def tasks(seeds: Sequence[int], scale: Scale, out: Path) -> list[Task]:
     """All runs, one seed after the other, so that what is there so far compares all settings."""
     return [
-        Task(setting, seed, scale, out) for seed in seeds for setting in settings(scale.kl_coefs)
+        Task(setting, seed, scale, out, at_start=index == 0)
+        for seed in seeds
+        for index, setting in enumerate(settings(scale.kl_coefs))
     ]
 
 
@@ -96,17 +108,26 @@ def run_all(seeds: Sequence[int], scale: Scale, out: Path, jobs: int) -> list[Re
     """Train what is missing and read every run; UserError as `train_all` raises it."""
     every = tasks(seeds, scale, out)
     train_all([task.run for task in every], jobs)
-    return [record_of(task) for task in every]
+    base = {task.seed: evaluations_of(task)[0] for task in every if task.at_start}
+    return [record_of(task, base[task.seed]) for task in every]
 
 
-def record_of(task: Task) -> Record:
-    """What a finished run leaves: its evaluations, its curves, and what it cost."""
+def evaluations_of(task: Task) -> list[Record]:
+    """Epoch and figures of a finished run's evaluations."""
+    return [
+        {"epoch": row["epoch"], **{name: row[key] for name, key in MEASURED.items()}}
+        for row in read_metrics(task.run.folder / "evaluation.jsonl")
+    ]
+
+
+def record_of(task: Task, base: Record) -> Record:
+    """What a finished run leaves: its evaluations, its curves, and what it cost.
+
+    ``base`` is the evaluation before the first epoch, by the run that made it.
+    """
     run = task.run
     epochs = read_metrics(run.folder / "metrics.jsonl")
-    evaluations = [
-        {"epoch": row["epoch"], **{name: row[key] for name, key in MEASURED.items()}}
-        for row in read_metrics(run.folder / "evaluation.jsonl")
-    ]
+    evaluations = [base, *(row for row in evaluations_of(task) if row["epoch"] > 0)]
     return {
         "method": task.setting.method.name,
         "kl_coef": task.setting.kl_coef,
@@ -114,7 +135,7 @@ def record_of(task: Task) -> Record:
         "seed": task.seed,
         "scale": asdict(task.scale),
         "folder": run.folder.name,
-        "start": evaluations[0],
+        "start": base,
         "end": evaluations[-1],
         "evaluations": evaluations,
         "curves": {name: [row.get(key) for row in epochs] for name, key in CURVES.items()},
