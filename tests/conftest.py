@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 import os
+from typing import Any
+
+import pytest
 
 # workers of pytest-xdist share the cores; set before torch is imported, and seen by subprocesses
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file on one worker, which makes what they share once.
+
+    Other modes of distribution can still be asked for with ``--dist``.
+    """
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    # In the order of the collection: the long files do not come last there.
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)

@@ -14,7 +14,8 @@ from gardo.types import UserError
 
 FREE = (
     *("recipe", "output_dir", "overwrite", "epochs", "trackers", "model.embedding_cache"),
-    *("evaluation.every", "evaluation.grid_images", "checkpoint.", "health."),
+    *("evaluation.every", "evaluation.at_start", "evaluation.grid_images"),
+    *("checkpoint.", "health."),
     *("sampling.max_ratio_deviation", "rewards.servers", "rewards.client.", "rewards.max_missing"),
 )
 """Keys, or beginnings of keys, that no number of a run depends on."""
