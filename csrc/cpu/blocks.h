@@ -20,7 +20,8 @@ inline std::int64_t blocks_per_row(const Extent& e) {
 // Fewer blocks are done before a second thread has woken up.
 constexpr std::int64_t kFewBlocks = 16;
 
-// A backward pass begins where the forward pass ended, with what is still in the cache.
+// A backward pass begins where the forward pass ended, with what is still in the cache. Within a
+// share of the blocks both go upwards, where the hardware fetches ahead.
 enum class Order { kForward, kBackward };
 
 // Calls body(row, offset in the tensors, element in the row, size, index of the block, scratch).
@@ -30,17 +31,20 @@ void for_each_block(const Extent& e, const Body& body) {
   const std::int64_t total = e.rows * per_row;
   // A few shares per thread: no thread waits long for one whose core is busy with something else.
   const std::int64_t share = std::max<std::int64_t>(1, total / (8 * e.num_threads));
-  (void)share;  // unused without OpenMP
+  const std::int64_t shares = (total + share - 1) / share;
 #pragma omp parallel num_threads(e.num_threads) if (total > kFewBlocks)
   {
     Scratch scratch;
-#pragma omp for schedule(dynamic, share)
-    for (std::int64_t i = 0; i < total; ++i) {
-      const std::int64_t index = order == Order::kForward ? i : total - 1 - i;
-      const std::int64_t row = index / per_row;
-      const std::int64_t element = (index % per_row) * kBlock;
-      const std::int64_t n = std::min(kBlock, e.row_size - element);
-      body(row, row * e.row_size + element, element, n, index, scratch);
+#pragma omp for schedule(dynamic)
+    for (std::int64_t i = 0; i < shares; ++i) {
+      const std::int64_t begin = (order == Order::kForward ? i : shares - 1 - i) * share;
+      const std::int64_t end = std::min(begin + share, total);
+      for (std::int64_t index = begin; index < end; ++index) {
+        const std::int64_t row = index / per_row;
+        const std::int64_t element = (index % per_row) * kBlock;
+        const std::int64_t n = std::min(kBlock, e.row_size - element);
+        body(row, row * e.row_size + element, element, n, index, scratch);
+      }
     }
   }
 }

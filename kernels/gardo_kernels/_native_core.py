@@ -16,6 +16,7 @@ _MODULE = "gardo_kernels._C"
 _CPU = torch.device("cpu")
 #: dtypes of latents that the core reads, in the order of its codes; it computes in float32
 LATENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(LATENT_DTYPES)}
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -77,7 +78,7 @@ def _readable(
     if tensor.device != device:
         expected = "a CPU tensor" if device == _CPU else f"device {device}"
         raise ValueError(f"{name}: expected {expected}, got device {tensor.device}")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
     if not tensor.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
@@ -103,10 +104,10 @@ def latents(name: str, tensor: Tensor | None, like: Tensor) -> tuple[int, int]:
     """Address and dtype code of latents of the shape of ``like``; (0, 0) for None."""
     if tensor is None:
         return 0, 0
-    if tensor.dtype not in LATENT_DTYPES:
+    code = _DTYPE_CODES.get(tensor.dtype)
+    if code is None:
         raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
-    address = _readable(name, tensor, tuple(like.shape)).data_ptr()
-    return address, LATENT_DTYPES.index(tensor.dtype)
+    return _readable(name, tensor, like.shape).data_ptr(), code
 
 
 def row_scalar(name: str, tensor: Tensor, rows: int) -> tuple[int, int]:

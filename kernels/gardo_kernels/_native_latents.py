@@ -35,6 +35,12 @@ def _row_scalars(rows: int, **tensors: Tensor) -> dict[str, tuple[int, int]]:
     return {name: row_scalar(name, tensor, rows) for name, tensor in tensors.items()}
 
 
+def _addresses(values: Tensor) -> list[int]:
+    """Of each part of a contiguous float32 tensor along its first axis."""
+    step = 4 * values.stride(0)
+    return [values.data_ptr() + step * index for index in range(len(values))]
+
+
 class NativeStep(NamedTuple):
     """What :func:`sde_step` returns, float32."""
 
@@ -150,9 +156,7 @@ class NativeGRPOLoss(NamedTuple):
     """What :func:`grpo_loss` returns, float32."""
 
     loss: Tensor  # []
-    policy_loss: Tensor  # []
-    kl: Tensor  # []
-    clip_fraction: Tensor  # []
+    stats: Tensor  # [3]: policy_loss, kl, clip_fraction
     log_prob: Tensor  # [B]
     ratio: Tensor  # [B]
     alpha: Tensor  # [B] for affine_backward, for d loss = 1
@@ -189,7 +193,8 @@ def grpo_loss(
     """
     core = require_core()
     rows = extent(velocity)["rows"]
-    result = NativeGRPOLoss(*(float32() for _ in range(4)), *(float32(rows) for _ in range(4)))
+    result = NativeGRPOLoss(float32(), float32(3), *(float32(rows) for _ in range(4)))
+    policy_loss, kl, clip_fraction = _addresses(result.stats)
     core.grpo_loss(
         **_policy(velocity, velocity_uncond, guidance_scale),
         **_row_scalars(rows, a=a, b=b, scale=scale, offset=offset, kl_weight=kl_weight),
@@ -204,7 +209,14 @@ def grpo_loss(
         adv_clip=adv_clip,
         kl_coef=kl_coef,
         kl_reduction=choice("kl_reduction", kl_reduction, KL_REDUCTIONS),
-        **{name: value.data_ptr() for name, value in result._asdict().items()},
+        loss=result.loss.data_ptr(),
+        policy_loss=policy_loss,
+        kl=kl,
+        clip_fraction=clip_fraction,
+        log_prob=result.log_prob.data_ptr(),
+        ratio=result.ratio.data_ptr(),
+        alpha=result.alpha.data_ptr(),
+        beta=result.beta.data_ptr(),
     )
     return result
 
@@ -213,11 +225,8 @@ class NativeNFTLoss(NamedTuple):
     """What :func:`nft_loss` returns, float32."""
 
     loss: Tensor  # []
-    policy_loss: Tensor  # []
-    kl: Tensor  # []
-    grad_positive: Tensor  # [B] for nft_backward, for d loss = 1
-    grad_negative: Tensor  # [B]
-    grad_kl: Tensor  # [B]
+    stats: Tensor  # [2]: policy_loss, kl
+    weights: Tensor  # [3, B]: grad_positive, grad_negative, grad_kl for nft_backward, d loss = 1
 
 
 def _nft_tensors(
@@ -263,14 +272,21 @@ def nft_loss(
     """
     core = require_core()
     rows = extent(velocity)["rows"]
-    result = NativeNFTLoss(*(float32() for _ in range(3)), *(float32(rows) for _ in range(3)))
+    result = NativeNFTLoss(float32(), float32(2), float32(3, rows))
+    policy_loss, kl = _addresses(result.stats)
+    positive, negative, by_kl = _addresses(result.weights)
     core.nft_loss(
         **_nft_tensors(velocity, old_velocity, x0, xt, t, beta, ref_velocity),
         advantage=array("advantage", advantage, torch.float32, (rows,)),
         gate=array("gate", gate, torch.bool, (rows,)),
         adv_clip=adv_clip,
         kl_coef=kl_coef,
-        **{name: value.data_ptr() for name, value in result._asdict().items()},
+        loss=result.loss.data_ptr(),
+        policy_loss=policy_loss,
+        kl=kl,
+        grad_positive=positive,
+        grad_negative=negative,
+        grad_kl=by_kl,
     )
     return result
 

@@ -117,9 +117,8 @@ def grpo_loss(
     )
     if chosen == "reference":
         loss, *rest = reference.grpo_loss(*ordinary(arguments), dtype)
-    else:
-        loss, *rest = fused.grpo_loss(*arguments, chosen)
-    return GRPOLoss(loss, *(value.detach() for value in rest))
+        return GRPOLoss(loss, *(value.detach() for value in rest))
+    return GRPOLoss(*fused.grpo_loss(*arguments, chosen))
 
 
 def check_kl(

@@ -129,5 +129,5 @@ def grpo_loss(
         guidance_scale,
         backend,
     )
-    policy_loss, kl, clip_fraction = stats.detach().unbind()
+    policy_loss, kl, clip_fraction = stats.unbind()
     return loss, policy_loss, kl, log_prob, ratio, clip_fraction

@@ -30,7 +30,7 @@ def grpo_loss(
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``loss, stats [3] (policy_loss, kl, clip_fraction), log_prob, ratio, alpha, beta``."""
-    out = _native.grpo_loss(
+    return _native.grpo_loss(
         velocity.contiguous(),
         sample.contiguous(),
         prev_sample.contiguous(),
@@ -51,5 +51,3 @@ def grpo_loss(
         None if velocity_uncond is None else velocity_uncond.contiguous(),
         guidance_scale,
     )
-    stats = torch.stack([out.policy_loss, out.kl, out.clip_fraction])
-    return out.loss, stats, out.log_prob, out.ratio, out.alpha, out.beta

@@ -22,7 +22,7 @@ def nft_loss(
     kl_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``loss``, ``stats [2]`` (policy_loss, kl), ``weights [3, B]`` of the gradient."""
-    out = _native.nft_loss(
+    return _native.nft_loss(
         velocity.contiguous(),
         old_velocity.contiguous(),
         x0.contiguous(),
@@ -35,8 +35,6 @@ def nft_loss(
         None if ref_velocity is None else ref_velocity.contiguous(),
         kl_coef,
     )
-    weights = torch.stack([out.grad_positive, out.grad_negative, out.grad_kl])
-    return out.loss, torch.stack([out.policy_loss, out.kl]), weights
 
 
 def nft_grad(
