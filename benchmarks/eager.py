@@ -13,11 +13,22 @@ import torch
 from torch import Tensor
 
 
+def guided(v: Tensor, u: Tensor | None, guidance: float) -> Tensor:
+    """Classifier-free guidance, where there is an unconditional velocity."""
+    return (v if u is None else u + guidance * (v - u)).float()
+
+
 def sde_step(
-    v: Tensor, u: Tensor, x: Tensor, z: Tensor | None, guidance: float, s: Tensor, s_next: Tensor
+    v: Tensor,
+    u: Tensor | None,
+    x: Tensor,
+    z: Tensor | None,
+    guidance: float,
+    s: Tensor,
+    s_next: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A guided Flow-GRPO step: ``s`` and ``s_next`` are ``[B, 1, ...]``."""
-    velocity = (u + guidance * (v - u)).float()
+    """A Flow-GRPO step: ``s`` and ``s_next`` are ``[B, 1, ...]``."""
+    velocity = guided(v, u, guidance)
     x = x.float()
     mean, noise_scale = transition(velocity, x, s, s_next)
     if z is None:
@@ -46,7 +57,7 @@ def log_prob(prev: Tensor, mean: Tensor, noise_scale: Tensor) -> Tensor:
 
 def grpo_loss(
     v: Tensor,
-    u: Tensor,
+    u: Tensor | None,
     x: Tensor,
     prev: Tensor,
     old_log_prob: Tensor,
@@ -57,8 +68,8 @@ def grpo_loss(
     s: Tensor,
     s_next: Tensor,
 ) -> Tensor:
-    """Clipped policy loss and KL of the gated rows, from guided velocities."""
-    velocity = (u + guidance * (v - u)).float()
+    """Clipped policy loss and KL of the gated rows."""
+    velocity = guided(v, u, guidance)
     mean, noise_scale = transition(velocity, x.float(), s, s_next)
     ratio = torch.exp(log_prob(prev.float(), mean, noise_scale) - old_log_prob)
     a = torch.clamp(advantage, -5, 5)

@@ -21,24 +21,28 @@ SIZES = {
 if DEVICE == "cuda":
     SIZES["256 MiB"] = (64, 16, 256, 256)
 # compiling takes the CPU about half a minute each
-COMPILED = list(SIZES) if DEVICE == "cuda" else ["SD3.5 1024 B9", "SD3.5 1024 B64"]
+COMPILED = [size for size in SIZES if DEVICE == "cuda" or "1024" in size]
 VARIANTS = [(size, how) for size in SIZES for how in ("eager", "ours")]
 VARIANTS += [(size, "compiled") for size in COMPILED]
-GUIDANCE = 4.5
+GUIDANCE = 4.5  # classifier-free for SD3.5; FLUX.1-dev has it in its weights
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2}  # eager guidance rounds to the dtype
 
 
 class Problem:
     """Inputs of one size, and the bytes that its ops cannot avoid."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], guided: bool, dtype: torch.dtype, device: torch.device
+    ) -> None:
         g = torch.Generator().manual_seed(0)
 
         def normal(*size: int) -> torch.Tensor:
             return torch.randn(size, generator=g).to(device)
 
         rows = shape[0]
-        self.v, self.u, self.ref = (normal(*shape).to(dtype) for _ in range(3))
+        self.v, self.old_v, self.ref = (normal(*shape).to(dtype) for _ in range(3))
+        self.u = normal(*shape).to(dtype) if guided else None
+        self.guidance = {"velocity_uncond": self.u, "guidance_scale": GUIDANCE if guided else 1.0}
         self.x, self.z = normal(*shape), normal(*shape)
         self.s, self.s_next = 0.6, 0.5
         self.column = torch.full((rows, *([1] * (len(shape) - 1))), 0.6, device=device)
@@ -49,9 +53,7 @@ class Problem:
         self.t = torch.linspace(0.1, 0.9, rows, device=device)
         self.velocity_bytes = self.v.numel() * self.v.element_size()
         self.latent_bytes = self.x.numel() * 4
-        step = gk.sde_step(
-            self.v, self.x, self.coef, noise=self.z, velocity_uncond=self.u, guidance_scale=GUIDANCE
-        )
+        step = gk.sde_step(self.v, self.x, self.coef, noise=self.z, **self.guidance)
         self.prev = step.prev_sample
         self.old = step.log_prob + 1e-5 * normal(rows)
 
@@ -63,7 +65,7 @@ def problems(velocity_dtype, device):
     def get(size: str) -> Problem:
         if size not in made:
             made.clear()
-            made[size] = Problem(SIZES[size], velocity_dtype, device)
+            made[size] = Problem(SIZES[size], "Flux" not in size, velocity_dtype, device)
         return made[size]
 
     return get
@@ -87,7 +89,7 @@ def test_sde_step(measure, problems, size, how):
 
     def ours(z):
         noise = {"seed": seed} if z is None else {"noise": z}
-        return gk.sde_step(p.v, p.x, p.coef, velocity_uncond=p.u, guidance_scale=GUIDANCE, **noise)
+        return gk.sde_step(p.v, p.x, p.coef, **p.guidance, **noise)
 
     def theirs(z):
         return eager.sde_step(p.v, p.u, p.x, z, GUIDANCE, p.column, p.column_next)
@@ -95,23 +97,22 @@ def test_sde_step(measure, problems, size, how):
     run = ours if how == "ours" else form(how, theirs)
     with torch.no_grad():
         assert_close(run(p.z), theirs(p.z), p.v.dtype)
-        measure(
-            lambda: run(None), f"sde_step, {size}", how, 2 * p.velocity_bytes + 3 * p.latent_bytes
-        )
+        least = (2 if p.u is not None else 1) * p.velocity_bytes + 3 * p.latent_bytes
+        measure(lambda: run(None), f"sde_step, {size}", how, least)
 
 
 @pytest.mark.parametrize(("size", "how"), VARIANTS)
 def test_grpo_loss_forward_backward(measure, problems, size, how):
     p = problems(size)
-    v, u = p.v.clone().requires_grad_(), p.u.clone().requires_grad_()
+    velocities = [x.clone().requires_grad_() for x in (p.v, p.u) if x is not None]
 
-    def ours(v, u):
+    def ours(v, u=None):
         return gk.grpo_loss(
             v, p.x, p.prev, p.old, p.advantage, p.coef, gate=p.gate, ref_velocity=p.ref,
-            kl_coef=0.04, velocity_uncond=u, guidance_scale=GUIDANCE,
+            kl_coef=0.04, velocity_uncond=u, guidance_scale=p.guidance["guidance_scale"],
         ).loss  # fmt: skip
 
-    def theirs(v, u):
+    def theirs(v, u=None):
         return eager.grpo_loss(
             v, u, p.x, p.prev, p.old, p.advantage, p.gate, p.ref, GUIDANCE, p.column, p.column_next
         )
@@ -119,14 +120,15 @@ def test_grpo_loss_forward_backward(measure, problems, size, how):
     loss = ours if how == "ours" else form(how, theirs)
 
     def run():
-        value = loss(v, u)
-        return value, *torch.autograd.grad(value, (v, u))
+        value = loss(*velocities)
+        return value, *torch.autograd.grad(value, velocities)
 
-    value = theirs(v, u)
-    assert_close(run(), (value, *torch.autograd.grad(value, (v, u))), p.v.dtype)
+    value = theirs(*velocities)
+    assert_close(run(), (value, *torch.autograd.grad(value, velocities)), p.v.dtype)
+    own = len(velocities) * p.velocity_bytes
     half = p.velocity_bytes / 2  # the reference on gated rows only
-    forward = 2 * p.velocity_bytes + 2 * p.latent_bytes + half
-    measure(run, f"grpo_loss fwd+bwd, {size}", how, int(2 * forward + 2 * p.velocity_bytes))
+    forward = own + 2 * p.latent_bytes + half
+    measure(run, f"grpo_loss fwd+bwd, {size}", how, int(2 * forward + own))
 
 
 @pytest.mark.parametrize(("size", "how"), VARIANTS)
@@ -138,11 +140,11 @@ def test_nft_loss_forward_backward(measure, problems, size, how):
 
     def ours(v):
         return gk.nft_loss(
-            v, p.u, p.x, p.prev, p.t, p.advantage, ref_velocity=p.ref, kl_coef=0.04
+            v, p.old_v, p.x, p.prev, p.t, p.advantage, ref_velocity=p.ref, kl_coef=0.04
         ).loss
 
     def theirs(v):
-        return eager.nft_loss(v, p.u, p.x, p.prev, p.t, p.advantage, p.ref)
+        return eager.nft_loss(v, p.old_v, p.x, p.prev, p.t, p.advantage, p.ref)
 
     loss = ours if how == "ours" else form(how, theirs)
 
