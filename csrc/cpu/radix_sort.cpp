@@ -12,9 +12,9 @@ constexpr int kValues = 1 << kDigitBits;
 constexpr int64_t kFewItems = 256;       // below this, comparing is faster than counting
 constexpr int64_t kManyItems = 1 << 16;  // from here a third pass pays
 
-bool less(const Keyed& a, const Keyed& b) {
+constexpr auto less = [](const Keyed& a, const Keyed& b) {
   return a.key < b.key || (a.key == b.key && a.index < b.index);
-}
+};
 
 int bit_width(std::uint64_t value) {
   int width = 0;
@@ -42,7 +42,7 @@ void sort_by_key(Keyed* items, Keyed* scratch, int64_t n) {
     const int shift = low + pass * kDigitBits;
     const auto digit = [shift](const Keyed& item) { return (item.key >> shift) & (kValues - 1); };
     if (((differing >> shift) & (kValues - 1)) == 0) continue;  // all keys agree here
-    std::int64_t start[kValues + 1] = {};
+    int64_t start[kValues + 1] = {};
     for (int64_t i = 0; i < n; ++i) ++start[digit(from[i]) + 1];
     for (int value = 0; value < kValues; ++value) start[value + 1] += start[value];
     for (int64_t i = 0; i < n; ++i) to[start[digit(from[i])]++] = from[i];

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -103,9 +104,11 @@ class Runtime:
     def stop_together(self) -> None:
         """A place that all processes come to; StopRequested on all if a signal came to one."""
         if self.world_size > 1:
-            came = torch.tensor(float(self.stop.signal is not None), device=self.device)
-            if float(self.max(came)):
-                self.stop.signal = self.stop.signal or "a signal to another process"
+            own = 0 if self.stop.signal is None else int(signal.Signals[self.stop.signal])
+            came = int(self.max(torch.tensor(own, device=self.device)))
+            if came == 0:  # a signal since then waits for the next such place, as the others do
+                return
+            self.stop.tell(signal.Signals(came).name)
         self.stop.check()
 
     @contextmanager

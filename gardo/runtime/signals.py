@@ -59,6 +59,11 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def tell(self, name: str) -> None:
+        """This signal came to another process; the same one may be on its way to this one."""
+        if self.signal is None:
+            self.signal, self._came = name, time.monotonic()
+
     def check(self) -> None:
         """Raise StopRequested if a signal came."""
         if self.signal is not None and not self._deferred:
