@@ -1,11 +1,9 @@
 #include "block_ops.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 
 #include "bits.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace gardo {
 namespace {
@@ -62,28 +60,6 @@ GARDO_CLONES void narrow_bfloat(const float* in, int64_t n, uint16_t* __restrict
   for (int64_t i = 0; i < n; ++i) out[i] = float_to_bfloat(in[i]);
 }
 
-// Sums term(i) over 32 lanes in float32 (at most 32 terms each in a block), then in double.
-template <typename Vector, typename Scalar>
-__attribute__((always_inline)) inline double sum_block(int64_t n, Vector vector_term,
-                                                       Scalar scalar_term) {
-  constexpr int64_t kWidth = 8, kVectors = 4, kLanes = kWidth * kVectors;
-  Float8 sums[kVectors] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t j = 0; j < kVectors; ++j) sums[j] += vector_term(i + j * kWidth);
-  }
-  float lanes[kLanes];
-  std::memcpy(lanes, sums, sizeof(lanes));
-  for (int64_t lane = 0; i < n; ++i, ++lane) lanes[lane] += scalar_term(i);
-  // Pairwise: one chain of 32 additions would wait as long as all that is above takes.
-  double d[kWidth];
-  for (int64_t k = 0; k < kWidth; ++k) {
-    const auto lane = [&](int64_t j) { return static_cast<double>(lanes[j * kWidth + k]); };
-    d[k] = (lane(0) + lane(1)) + (lane(2) + lane(3));
-  }
-  return ((d[0] + d[4]) + (d[2] + d[6])) + ((d[1] + d[5]) + (d[3] + d[7]));
-}
-
 }  // namespace
 
 const float* load_block(ConstLatents tensor, int64_t offset, int64_t n, float* scratch) {
@@ -120,79 +96,25 @@ void store_block(const float* values, Latents tensor, int64_t offset, int64_t n)
   }
 }
 
-GARDO_CLONES void guide(const float* cond, const float* uncond, float scale, int64_t n,
-                        float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = uncond[i] + scale * (cond[i] - uncond[i]);
-}
-
-GARDO_CLONES void affine(float a, const float* x, float b, const float* y, int64_t n,
-                         float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = a * x[i] + b * y[i];
-}
-
-GARDO_CLONES void add_scaled(const float* x, float c, const float* y, int64_t n,
-                             float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = x[i] + c * y[i];
-}
-
-GARDO_CLONES void scaled_difference(float a, const float* p, const float* q, int64_t n,
-                                    float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = a * (p[i] - q[i]);
-}
-
-GARDO_CLONES void add_scaled_difference(float a, const float* p, const float* q, int64_t n,
-                                        float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] += a * (p[i] - q[i]);
-}
-
-GARDO_CLONES void scale(float a, const float* x, int64_t n, float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = a * x[i];
-}
-
-GARDO_CLONES void denoising_error(const float* xt, float t, const float* v, const float* x0,
-                                  int64_t n, float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = (xt[i] - t * v[i]) - x0[i];
-}
-
-GARDO_CLONES double sum_squared_difference(const float* p, const float* q, int64_t n) {
-  return sum_block(
-      n,
-      [=](int64_t i) __attribute__((always_inline)) {
-        const Float8 d = load8(p + i) - load8(q + i);
-        return d * d;
-      },
-      [=](int64_t i) { return (p[i] - q[i]) * (p[i] - q[i]); });
+GARDO_CLONES double sum_squares(const float* x, int64_t n) {
+  double total[1];
+  sum_lanes<4>(n, total, [&](int64_t i, auto* out) GARDO_INLINE {
+    using T = std::remove_pointer_t<decltype(out)>;
+    const T v = load_lanes<T>(x + i);
+    *out = v * v;
+  });
+  return total[0];
 }
 
 GARDO_CLONES double sum_squared_scaled_difference(float a, const float* p, float b, const float* q,
                                                   int64_t n) {
-  return sum_block(
-      n,
-      [=](int64_t i) __attribute__((always_inline)) {
-        const Float8 d = a * load8(p + i) - b * load8(q + i);
-        return d * d;
-      },
-      [=](int64_t i) { return (a * p[i] - b * q[i]) * (a * p[i] - b * q[i]); });
-}
-
-GARDO_CLONES double sum_squares(const float* x, int64_t n) {
-  return sum_block(
-      n,
-      [=](int64_t i) __attribute__((always_inline)) {
-        const Float8 v = load8(x + i);
-        return v * v;
-      },
-      [=](int64_t i) { return x[i] * x[i]; });
-}
-
-GARDO_CLONES double sum_abs(const float* x, int64_t n) {
-  return sum_block(
-      n,
-      [=](int64_t i) __attribute__((always_inline)) {
-        const Float8 v = load8(x + i);
-        return v < 0 ? -v : v;
-      },
-      [=](int64_t i) { return std::fabs(x[i]); });
+  double total[1];
+  sum_lanes<4>(n, total, [&](int64_t i, auto* out) GARDO_INLINE {
+    using T = std::remove_pointer_t<decltype(out)>;
+    const T d = a * load_lanes<T>(p + i) - b * load_lanes<T>(q + i);
+    *out = d * d;
+  });
+  return total[0];
 }
 
 }  // namespace gardo

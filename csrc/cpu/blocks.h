@@ -9,8 +9,9 @@
 
 namespace gardo {
 
+// Where blocks that are not float32 in memory are converted, on the way in and on the way out.
 struct alignas(64) Scratch {
-  float x[kBlock], y[kBlock], v[kBlock], w[kBlock], p[kBlock], q[kBlock], r[kBlock];
+  float in[5][kBlock], out[2][kBlock];
 };
 
 inline std::int64_t blocks_per_row(const Extent& e) {
@@ -67,15 +68,5 @@ class RowSums {
   std::int64_t per_row_;
   std::vector<double> partial_;
 };
-
-// The velocity of a block: guided where there is an unconditional one. Uses scratch x, y, v.
-inline const float* load_velocity(const Velocity& velocity, std::int64_t offset, std::int64_t n,
-                                  Scratch& s) {
-  const float* cond = load_block(velocity.cond, offset, n, s.x);
-  if (velocity.uncond.data == nullptr) return cond;
-  const float* uncond = load_block(velocity.uncond, offset, n, s.y);
-  guide(cond, uncond, velocity.guidance_scale, n, s.v);
-  return s.v;
-}
 
 }  // namespace gardo

@@ -3,8 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "blocks.h"
-#include "log_prob.h"
+#include "policy_block.h"
 
 namespace gardo {
 namespace {
@@ -40,15 +39,15 @@ void grpo_loss_cpu(const GrpoLossParams& p) {
     return p.ref_velocity.data != nullptr && (p.gate == nullptr || p.gate[row] != 0);
   };
   RowSums squares(p.extent), kl_squares(p.extent);
-  for_each_block(p.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t block,
-                               Scratch& s) {
-    const float* v = load_velocity(p.velocity, offset, n, s);
-    squares[block] = squared_residual(p.coef, row, v, load_block(p.sample, offset, n, s.w),
-                                      load_block(p.prev_sample, offset, n, s.q), n, s.p);
-    if (gated(row)) {
-      kl_squares[block] = sum_squared_difference(v, load_block(p.ref_velocity, offset, n, s.w), n);
-    }
-  });
+  for_each_block(
+      p.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t block, Scratch& s) {
+        const float* prev = load_block(p.prev_sample, offset, n, s.in[3]);
+        const float* ref = gated(row) ? load_block(p.ref_velocity, offset, n, s.in[4]) : nullptr;
+        const PolicySums sums =
+            policy_sums(load_policy(p.velocity, p.sample, p.coef, row, offset, n, s), prev, ref);
+        squares[block] = sums.residual;
+        kl_squares[block] = sums.kl;
+      });
 
   int64_t num_gated = 0;
   for (int64_t row = 0; row < rows; ++row) num_gated += gated(row) ? 1 : 0;

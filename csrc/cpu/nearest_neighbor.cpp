@@ -8,7 +8,7 @@
 
 #include "block_ops.h"
 #include "groups.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace gardo {
 namespace {
@@ -43,8 +43,10 @@ GARDO_CLONES void tile_products(const float* const* rows, const float* const* co
   // Spelled out, so that all sums stay in registers.
   Float8 s[kTileRows * kTileCols] = {};
   for (int64_t d = 0; d < n; d += kWidth) {
-    const Float8 a0 = load8(r0 + d), a1 = load8(r1 + d), a2 = load8(r2 + d), a3 = load8(r3 + d);
-    const Float8 b0 = load8(c0 + d), b1 = load8(c1 + d), b2 = load8(c2 + d);
+    const Float8 a0 = load_lanes<Float8>(r0 + d), a1 = load_lanes<Float8>(r1 + d),
+                 a2 = load_lanes<Float8>(r2 + d), a3 = load_lanes<Float8>(r3 + d);
+    const Float8 b0 = load_lanes<Float8>(c0 + d), b1 = load_lanes<Float8>(c1 + d),
+                 b2 = load_lanes<Float8>(c2 + d);
     s[0] += a0 * b0;
     s[1] += a0 * b1;
     s[2] += a0 * b2;

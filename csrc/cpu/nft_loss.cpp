@@ -4,6 +4,7 @@
 
 #include "blocks.h"
 #include "huge_pages.h"
+#include "lanes.h"
 
 namespace gardo {
 namespace {
@@ -12,19 +13,83 @@ using std::int64_t;
 
 constexpr double kWeightFloor = 1e-5;
 
-// e+ into `positive`, e- into `negative`. Uses scratch x, y, w, q, r; returns the velocity (in x).
-const float* errors(const NftTensors& t, int64_t row, int64_t offset, int64_t n, Scratch& s,
-                    float* positive, float* negative) {
-  const float* v = load_block(t.velocity, offset, n, s.x);
-  const float* v_old = load_block(t.old_velocity, offset, n, s.y);
-  const float* x0 = load_block(t.x0, offset, n, s.w);
-  const float* xt = load_block(t.xt, offset, n, s.q);
-  const auto beta = static_cast<float>(t.beta);
-  affine(beta, v, static_cast<float>(1.0 - t.beta), v_old, n, s.r);
-  denoising_error(xt, t.t[row], s.r, x0, n, positive);
-  affine(static_cast<float>(1.0 + t.beta), v_old, -beta, v, n, s.r);
-  denoising_error(xt, t.t[row], s.r, x0, n, negative);
-  return v;
+// A block of float32 of one row.
+struct NftBlock {
+  const float *v, *v_old, *x0, *xt;
+  float t, beta, one_minus_beta, one_plus_beta;
+  std::int64_t n;
+};
+
+// Uses the first four inputs of the scratch.
+NftBlock load_nft(const NftTensors& t, int64_t row, int64_t offset, int64_t n, Scratch& s) {
+  return {load_block(t.velocity, offset, n, s.in[0]),
+          load_block(t.old_velocity, offset, n, s.in[1]),
+          load_block(t.x0, offset, n, s.in[2]),
+          load_block(t.xt, offset, n, s.in[3]),
+          t.t[row],
+          static_cast<float>(t.beta),
+          static_cast<float>(1.0 - t.beta),
+          static_cast<float>(1.0 + t.beta),
+          n};
+}
+
+template <typename T>
+struct Errors {
+  T v, positive, negative;
+};
+
+template <typename T>
+GARDO_INLINE inline Errors<T> errors_of(const NftBlock& b, int64_t i) {
+  const T v = load_lanes<T>(b.v + i), v_old = load_lanes<T>(b.v_old + i);
+  const T x0 = load_lanes<T>(b.x0 + i), xt = load_lanes<T>(b.xt + i);
+  return {v, (xt - b.t * (b.beta * v + b.one_minus_beta * v_old)) - x0,
+          (xt - b.t * (b.one_plus_beta * v_old - b.beta * v)) - x0};
+}
+
+struct NftSums {
+  double squares_positive, abs_positive, squares_negative, abs_negative;
+  double kl;  // of (v - ref)^2; 0 without ref
+};
+
+// `ref` may be null.
+GARDO_CLONES NftSums nft_sums(NftBlock block, const float* ref) {
+  // Two vectors of each of the sums: more would not fit into the registers.
+  constexpr int kVectors = 2;
+  double totals[5] = {}, without_kl[4];
+  const auto terms = [&](int64_t i, auto* out) GARDO_INLINE {
+    using T = std::remove_pointer_t<decltype(out)>;
+    const Errors<T> e = errors_of<T>(block, i);
+    out[0] = e.positive * e.positive;
+    out[1] = abs_lanes(e.positive);
+    out[2] = e.negative * e.negative;
+    out[3] = abs_lanes(e.negative);
+    return e.v;
+  };
+  if (ref == nullptr) {
+    sum_lanes<kVectors>(block.n, without_kl, terms);
+    std::copy(without_kl, without_kl + 4, totals);
+  } else {
+    sum_lanes<kVectors>(block.n, totals, [&](int64_t i, auto* out) GARDO_INLINE {
+      using T = std::remove_pointer_t<decltype(out)>;
+      const T d = terms(i, out) - load_lanes<T>(ref + i);
+      out[4] = d * d;
+    });
+  }
+  return {totals[0], totals[1], totals[2], totals[3], totals[4]};
+}
+
+// `ref` may be null.
+GARDO_CLONES void nft_gradient(NftBlock block, float by_positive, float by_negative, float by_kl,
+                               const float* ref, float* grad) {
+  with_flag(ref != nullptr, [&](auto with_kl) GARDO_INLINE {
+    for_lanes(block.n, [&](auto lanes, int64_t i) GARDO_INLINE {
+      using T = decltype(lanes);
+      const Errors<T> e = errors_of<T>(block, i);
+      T sum = by_positive * e.positive + by_negative * e.negative;
+      if constexpr (decltype(with_kl)::value) sum += by_kl * (e.v - load_lanes<T>(ref + i));
+      store_lanes(sum, grad + i);
+    });
+  });
 }
 
 struct SignTerm {
@@ -53,17 +118,16 @@ void nft_loss_cpu(const NftLossParams& p) {
   };
   RowSums squares_p(t.extent), squares_n(t.extent), abs_p(t.extent), abs_n(t.extent);
   RowSums kl_squares(t.extent);
-  for_each_block(t.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t block,
-                               Scratch& s) {
-    const float* v = errors(t, row, offset, n, s, s.p, s.v);
-    squares_p[block] = sum_squares(s.p, n);
-    abs_p[block] = sum_abs(s.p, n);
-    squares_n[block] = sum_squares(s.v, n);
-    abs_n[block] = sum_abs(s.v, n);
-    if (gated(row)) {
-      kl_squares[block] = sum_squared_difference(v, load_block(t.ref_velocity, offset, n, s.w), n);
-    }
-  });
+  for_each_block(
+      t.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t block, Scratch& s) {
+        const float* ref = gated(row) ? load_block(t.ref_velocity, offset, n, s.in[4]) : nullptr;
+        const NftSums sums = nft_sums(load_nft(t, row, offset, n, s), ref);
+        squares_p[block] = sums.squares_positive;
+        abs_p[block] = sums.abs_positive;
+        squares_n[block] = sums.squares_negative;
+        abs_n[block] = sums.abs_negative;
+        kl_squares[block] = sums.kl;
+      });
 
   const int64_t rows = t.extent.rows;
   int64_t num_gated = 0;
@@ -99,13 +163,11 @@ void nft_backward_cpu(const NftBackwardParams& p) {
   const NftTensors& t = p.tensors;
   for_each_block<Order::kBackward>(
       t.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t, Scratch& s) {
-        const float* v = errors(t, row, offset, n, s, s.p, s.v);
-        float* grad = block_target(p.grad_velocity, offset, s.r);
-        affine(p.grad_positive[row], s.p, p.grad_negative[row], s.v, n, grad);
-        if (t.ref_velocity.data != nullptr && p.grad_kl[row] != 0.0f) {
-          const float* ref = load_block(t.ref_velocity, offset, n, s.w);
-          add_scaled_difference(p.grad_kl[row], v, ref, n, grad);
-        }
+        const float by_kl = t.ref_velocity.data == nullptr ? 0.0f : p.grad_kl[row];
+        const float* ref = by_kl == 0.0f ? nullptr : load_block(t.ref_velocity, offset, n, s.in[4]);
+        float* grad = block_target(p.grad_velocity, offset, s.out[0]);
+        nft_gradient(load_nft(t, row, offset, n, s), p.grad_positive[row], p.grad_negative[row],
+                     by_kl, ref, grad);
         store_block(grad, p.grad_velocity, offset, n);
       });
 }

@@ -2,8 +2,6 @@
 // the processor has them (chosen when the library is loaded).
 #pragma once
 
-#include <cstring>
-
 // Set by CMake where the compiler and the C library can do it.
 #ifdef GARDO_HAS_TARGET_CLONES
 #define GARDO_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -11,15 +9,12 @@
 #define GARDO_CLONES
 #endif
 
+// For everything that a clone calls: compiled with the clone, for its instruction set.
+#define GARDO_INLINE __attribute__((always_inline))
+
 namespace gardo {
 
 // GCC's and Clang's vector extension; the compiler splits it where registers are narrower.
 typedef float Float8 __attribute__((vector_size(32)));
-
-__attribute__((always_inline)) inline Float8 load8(const float* p) {
-  Float8 v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
 
 }  // namespace gardo

@@ -1,0 +1,95 @@
+#include "policy_block.h"
+
+#include "lanes.h"
+
+namespace gardo {
+namespace {
+
+using std::int64_t;
+
+// 32 lanes of at most 32 terms of a block each.
+constexpr int kVectors = 4;
+
+template <typename T, bool kGuided>
+GARDO_INLINE inline T velocity_of(const PolicyBlock& block, int64_t i) {
+  const T cond = load_lanes<T>(block.cond + i);
+  if constexpr (!kGuided) return cond;
+  const T uncond = load_lanes<T>(block.uncond + i);
+  return uncond + block.guidance_scale * (cond - uncond);
+}
+
+template <typename T>
+GARDO_INLINE inline T mean_of(const PolicyBlock& block, const T& velocity, int64_t i) {
+  return block.a * load_lanes<T>(block.sample + i) + block.b * velocity;
+}
+
+}  // namespace
+
+GARDO_CLONES double step_block(PolicyBlock block, float c, const float* noise, float* prev,
+                               float* mean) {
+  double total[1];
+  with_flag(block.uncond != nullptr, [&](auto guided) GARDO_INLINE {
+    with_flag(noise != nullptr, [&](auto noisy) GARDO_INLINE {
+      sum_lanes<kVectors>(block.n, total, [&](int64_t i, auto* out) GARDO_INLINE {
+        using T = std::remove_pointer_t<decltype(out)>;
+        const T m = mean_of(block, velocity_of<T, decltype(guided)::value>(block, i), i);
+        T next = m;
+        if constexpr (decltype(noisy)::value) next = m + c * load_lanes<T>(noise + i);
+        store_lanes(m, mean + i);
+        store_lanes(next, prev + i);
+        *out = (next - m) * (next - m);
+      });
+    });
+  });
+  return total[0];
+}
+
+GARDO_CLONES PolicySums policy_sums(PolicyBlock block, const float* prev, const float* ref) {
+  double residual[1], both[2] = {};
+  with_flag(block.uncond != nullptr, [&](auto guided) GARDO_INLINE {
+    const auto terms = [&](int64_t i, auto* out) GARDO_INLINE {
+      using T = std::remove_pointer_t<decltype(out)>;
+      const T v = velocity_of<T, decltype(guided)::value>(block, i);
+      const T d = load_lanes<T>(prev + i) - mean_of(block, v, i);
+      out[0] = d * d;
+      return v;
+    };
+    if (ref == nullptr) {
+      sum_lanes<kVectors>(block.n, residual, terms);
+      both[0] = residual[0];
+    } else {
+      sum_lanes<kVectors>(block.n, both, [&](int64_t i, auto* out) GARDO_INLINE {
+        using T = std::remove_pointer_t<decltype(out)>;
+        const T d = terms(i, out) - load_lanes<T>(ref + i);
+        out[1] = d * d;
+      });
+    }
+  });
+  return {both[0], both[1]};
+}
+
+GARDO_CLONES void policy_gradient(PolicyBlock block, float alpha, const float* prev, float beta,
+                                  const float* ref, float* grad_cond, float* grad_uncond) {
+  with_flag(block.uncond != nullptr, [&](auto guided) GARDO_INLINE {
+    with_flag(prev != nullptr, [&](auto by_policy) GARDO_INLINE {
+      with_flag(ref != nullptr, [&](auto by_kl) GARDO_INLINE {
+        for_lanes(block.n, [&](auto lanes, int64_t i) GARDO_INLINE {
+          using T = decltype(lanes);
+          T grad{};
+          const T v = velocity_of<T, decltype(guided)::value>(block, i);
+          if constexpr (decltype(by_policy)::value)
+            grad = alpha * (load_lanes<T>(prev + i) - mean_of(block, v, i));
+          if constexpr (decltype(by_kl)::value) grad += beta * (v - load_lanes<T>(ref + i));
+          if constexpr (decltype(guided)::value) {
+            store_lanes(block.guidance_scale * grad, grad_cond + i);
+            store_lanes((1.0f - block.guidance_scale) * grad, grad_uncond + i);
+          } else {
+            store_lanes(grad, grad_cond + i);
+          }
+        });
+      });
+    });
+  });
+}
+
+}  // namespace gardo
