@@ -14,81 +14,103 @@ namespace {
 using std::int64_t;
 using std::uint32_t;
 
-struct Pair {
-  float first, second;
+constexpr int64_t kQuads = kBlock / 4;
+
+// Box-Muller by short loops through the first-level cache. In a single loop the chain of operations
+// that leads to a normal is longer than what a processor looks ahead, and most units wait.
+struct Polar {
+  float radius[kQuads], cosine[kQuads], sine[kQuads];
 };
 
-// Natural logarithm of 2^-33 <= u <= 1: log(m * 2^e) = e*log(2) + 2*atanh((m-1)/(m+1)).
-__attribute__((always_inline)) inline float log_of(float u) {
-  const uint32_t raw = bits<uint32_t>(u);
-  const float mantissa = bits<float>((raw & 0x7fffffu) | 0x3f800000u);
-  const int exponent = static_cast<int>(raw >> 23) - 127;
-  const bool high = mantissa > 1.41421356f;
-  const float m = high ? 0.5f * mantissa : mantissa;
-  const float e = static_cast<float>(high ? exponent + 1 : exponent);
-  const float s = (m - 1.0f) / (m + 1.0f);
-  const float z = s * s;  // at most 0.0295: the next term of the series is below 1e-8
-  const float series = 1.0f + z * (1.0f / 3 + z * (1.0f / 5 + z * (1.0f / 7 + z * (1.0f / 9))));
-  return e * 0.693147181f + 2.0f * s * series;
+// In (0, 1]; half a unit keeps the logarithm finite.
+__attribute__((always_inline)) inline float uniform(uint32_t word) {
+  return (static_cast<float>(word) + 0.5f) * 0x1p-32f;
+}
+
+// sqrt(-2 log u), u >= 2^-33: log(m * 2^e) = e*log(2) + 2*atanh((m-1)/(m+1)).
+GARDO_CLONES void radii(const uint32_t* words, int64_t n, float* __restrict out) {
+  float exponents[kQuads], ratios[kQuads];
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t raw = bits<uint32_t>(uniform(words[i]));
+    const float mantissa = bits<float>((raw & 0x7fffffu) | 0x3f800000u);
+    const int exponent = static_cast<int>(raw >> 23) - 127;
+    const bool high = mantissa > 1.41421356f;
+    const float m = high ? 0.5f * mantissa : mantissa;
+    exponents[i] = static_cast<float>(high ? exponent + 1 : exponent);
+    ratios[i] = (m - 1.0f) / (m + 1.0f);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const float s = ratios[i];
+    const float z = s * s;  // at most 0.0295: the next term of the series is below 1e-8
+    const float series = 1.0f + z * (1.0f / 3 + z * (1.0f / 5 + z * (1.0f / 7 + z * (1.0f / 9))));
+    const float log = exponents[i] * 0.693147181f + 2.0f * s * series;
+    out[i] = std::max(0.0f, -2.0f * log);
+  }
+  for (int64_t i = 0; i < n; ++i) out[i] = std::sqrt(out[i]);
 }
 
 // (cos, sin) of 2*pi*u for 0 <= u <= 1, by Taylor series on an eighth of a turn to either side.
-__attribute__((always_inline)) inline Pair cos_sin_of_turn(float u) {
-  const int quarter = static_cast<int>(4.0f * u + 0.5f);
-  const float y = 6.28318531f * (u - 0.25f * static_cast<float>(quarter));  // the rest is exact
-  const float z = y * y;
-  const float s =
-      y * (1.0f + z * (-1.0f / 6 + z * (1.0f / 120 + z * (-1.0f / 5040 + z * (1.0f / 362880)))));
-  const float c =
-      1.0f + z * (-1.0f / 2 +
-                  z * (1.0f / 24 + z * (-1.0f / 720 + z * (1.0f / 40320 + z * (-1.0f / 3628800)))));
-  const bool swap = (quarter & 1) != 0;
-  const float cos_magnitude = swap ? s : c;
-  const float sin_magnitude = swap ? c : s;
-  const bool cos_negative = ((quarter + 1) & 2) != 0;
-  const bool sin_negative = (quarter & 2) != 0;
-  return {cos_negative ? -cos_magnitude : cos_magnitude,
-          sin_negative ? -sin_magnitude : sin_magnitude};
+GARDO_CLONES void turns(const uint32_t* words, int64_t n, float* __restrict cosine,
+                        float* __restrict sine) {
+  int quarters[kQuads];
+  float angles[kQuads];
+  for (int64_t i = 0; i < n; ++i) {
+    const float u = uniform(words[i]);
+    quarters[i] = static_cast<int>(4.0f * u + 0.5f);
+    // The difference is exact.
+    angles[i] = 6.28318531f * (u - 0.25f * static_cast<float>(quarters[i]));
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const float y = angles[i];
+    const float z = y * y;
+    sine[i] =
+        y * (1.0f + z * (-1.0f / 6 + z * (1.0f / 120 + z * (-1.0f / 5040 + z * (1.0f / 362880)))));
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const float z = angles[i] * angles[i];
+    cosine[i] =
+        1.0f + z * (-1.0f / 2 + z * (1.0f / 24 + z * (-1.0f / 720 +
+                                                      z * (1.0f / 40320 + z * (-1.0f / 3628800)))));
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const bool swap = (quarters[i] & 1) != 0;
+    const float c = swap ? sine[i] : cosine[i];
+    const float s = swap ? cosine[i] : sine[i];
+    const bool cos_negative = ((quarters[i] + 1) & 2) != 0;
+    const bool sin_negative = (quarters[i] & 2) != 0;
+    cosine[i] = cos_negative ? -c : c;
+    sine[i] = sin_negative ? -s : s;
+  }
 }
 
-// Two normals from two 32-bit words; half a unit keeps the logarithm finite.
-__attribute__((always_inline)) inline Pair box_muller(uint32_t first, uint32_t second) {
-  const float u1 = (static_cast<float>(first) + 0.5f) * 0x1p-32f;
-  const float u2 = (static_cast<float>(second) + 0.5f) * 0x1p-32f;
-  const float radius = std::sqrt(std::max(0.0f, -2.0f * log_of(u1)));
-  const Pair unit = cos_sin_of_turn(u2);
-  return {radius * unit.first, radius * unit.second};
-}
-
-constexpr int64_t kQuads = kBlock / 4;
-
-GARDO_CLONES void normals_of_words(const uint32_t* w0, const uint32_t* w1, const uint32_t* w2,
-                                   const uint32_t* w3, int64_t quads, float* __restrict out) {
+GARDO_CLONES void interleave(const Polar& a, const Polar& b, int64_t quads, float* __restrict out) {
   for (int64_t i = 0; i < quads; ++i) {
-    const Pair a = box_muller(w0[i], w1[i]);
-    const Pair b = box_muller(w2[i], w3[i]);
-    out[4 * i] = a.first;
-    out[4 * i + 1] = a.second;
-    out[4 * i + 2] = b.first;
-    out[4 * i + 3] = b.second;
+    out[4 * i] = a.radius[i] * a.cosine[i];
+    out[4 * i + 1] = a.radius[i] * a.sine[i];
+    out[4 * i + 2] = b.radius[i] * b.cosine[i];
+    out[4 * i + 3] = b.radius[i] * b.sine[i];
   }
 }
 
 }  // namespace
 
 void philox_normal(std::uint64_t seed, int64_t row, int64_t offset, int64_t n, float* out) {
-  uint32_t w0[kQuads], w1[kQuads], w2[kQuads], w3[kQuads];
-  uint32_t* const words[4] = {w0, w1, w2, w3};
+  uint32_t words[4][kQuads];
+  uint32_t* const rows[4] = {words[0], words[1], words[2], words[3]};
   const int64_t quads = (n + 3) / 4;
   philox_words(
-      {seed, static_cast<std::uint64_t>(row), static_cast<std::uint64_t>(offset / 4), quads},
-      words);
+      {seed, static_cast<std::uint64_t>(row), static_cast<std::uint64_t>(offset / 4), quads}, rows);
+  Polar a, b;
+  radii(words[0], quads, a.radius);
+  turns(words[1], quads, a.cosine, a.sine);
+  radii(words[2], quads, b.radius);
+  turns(words[3], quads, b.cosine, b.sine);
   if (n % 4 == 0) {
-    normals_of_words(w0, w1, w2, w3, quads, out);
+    interleave(a, b, quads, out);
     return;
   }
   float padded[kBlock];
-  normals_of_words(w0, w1, w2, w3, quads, padded);
+  interleave(a, b, quads, padded);
   std::copy(padded, padded + n, out);
 }
 

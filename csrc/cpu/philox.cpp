@@ -72,6 +72,14 @@ __attribute__((target("avx2"), always_inline)) inline void store_words(__m256i e
 
 // Eight quads at a time, up to 7 more than asked for.
 __attribute__((target("avx2"))) void philox_avx2(const PhiloxQuads& q, uint32_t* const words[4]) {
+  __m256i keys[kRounds][2];
+  uint32_t k0 = low_word(q.key), k1 = high_word(q.key);
+  for (auto& key : keys) {
+    key[0] = _mm256_set1_epi64x(k0);
+    key[1] = _mm256_set1_epi64x(k1);
+    k0 += kWeyl0;
+    k1 += kWeyl1;
+  }
   const __m256i row_low = _mm256_set1_epi64x(low_word(q.row));
   const __m256i row_high = _mm256_set1_epi64x(high_word(q.row));
   for (int64_t i = 0; i < q.count; i += 8) {
@@ -80,13 +88,9 @@ __attribute__((target("avx2"))) void philox_avx2(const PhiloxQuads& q, uint32_t*
     const __m256i odd = _mm256_add_epi64(even, _mm256_set1_epi64x(1));
     Lanes a{even, _mm256_srli_epi64(even, 32), row_low, row_high};
     Lanes b{odd, _mm256_srli_epi64(odd, 32), row_low, row_high};
-    uint32_t k0 = low_word(q.key), k1 = high_word(q.key);
-    for (int round = 0; round < kRounds; ++round) {
-      const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
-      philox_round(a, key0, key1);
-      philox_round(b, key0, key1);
-      k0 += kWeyl0;
-      k1 += kWeyl1;
+    for (const auto& key : keys) {
+      philox_round(a, key[0], key[1]);
+      philox_round(b, key[0], key[1]);
     }
     store_words(a.c0, b.c0, words[0] + i);
     store_words(a.c1, b.c1, words[1] + i);
