@@ -5,6 +5,7 @@ available (``backend=None``) or on the one named. Needs torch alone.
 """
 
 from gardo_kernels._backends import BackendUnavailable
+from gardo_kernels._host_memory import empty_cache
 from gardo_kernels.adaptive import AdaptiveFraction
 from gardo_kernels.ops.grpo_loss import GRPOLoss, grpo_loss
 from gardo_kernels.ops.nearest_neighbor import nearest_neighbor_distance
@@ -30,6 +31,7 @@ __all__ = [
     "SDEStep",
     "ShapedRewards",
     "__version__",
+    "empty_cache",
     "grpo_loss",
     "nearest_neighbor_distance",
     "nft_loss",

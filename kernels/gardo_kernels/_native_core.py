@@ -144,4 +144,4 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> int:
 
 def float32(*shape: int) -> Tensor:
     """An uninitialised float32 CPU tensor for results."""
-    return torch.empty(shape, dtype=torch.float32)
+    return torch.empty(shape, dtype=torch.float32, device=_CPU)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gardo_kernels import _host_memory
 from gardo_kernels._native_core import (
     array,
     choice,
@@ -73,8 +74,9 @@ def sde_step(
     rows = extent(velocity)["rows"]
     if noise is not None and seed is not None:
         raise ValueError("seed: expected None when noise is given, got both")
-    prev_sample, log_prob = float32(*velocity.shape), float32(rows)
-    mean = float32(*velocity.shape) if want_mean else None
+    prev_sample = _host_memory.empty(velocity.shape, torch.float32)
+    mean = _host_memory.empty(velocity.shape, torch.float32) if want_mean else None
+    log_prob = float32(rows)
     core.sde_step(
         **_policy(velocity, velocity_uncond, guidance_scale),
         **_row_scalars(rows, a=a, b=b, c=c, scale=scale, offset=offset),
@@ -136,8 +138,10 @@ def affine_backward(
     rows = extent(velocity)["rows"]
     if beta is not None and ref_velocity is None:
         raise ValueError("ref_velocity: expected a tensor when beta is given, got None")
-    grad = torch.empty_like(velocity)
-    grad_uncond = None if velocity_uncond is None else torch.empty_like(velocity_uncond)
+    grad = _host_memory.empty(velocity.shape, velocity.dtype)
+    grad_uncond = None
+    if velocity_uncond is not None:
+        grad_uncond = _host_memory.empty(velocity_uncond.shape, velocity_uncond.dtype)
     core.affine_backward(
         **_policy(velocity, velocity_uncond, guidance_scale),
         **_row_scalars(rows, a=a, b=b),
@@ -306,7 +310,7 @@ def nft_backward(
     """``grad_positive*e+ + grad_negative*e- + grad_kl*(v - v_ref)`` per row, velocity's dtype."""
     core = require_core()
     rows = extent(velocity)["rows"]
-    grad = torch.empty_like(velocity)
+    grad = _host_memory.empty(velocity.shape, velocity.dtype)
     core.nft_backward(
         **_nft_tensors(velocity, old_velocity, x0, xt, t, beta, ref_velocity),
         grad_positive=array("grad_positive", grad_positive, torch.float32, (rows,)),
