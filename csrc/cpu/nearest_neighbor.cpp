@@ -96,7 +96,7 @@ class Group {
     const int64_t bytes = p_.features.dtype == DType::kFloat32 ? 4 : 2;
     const char* row = static_cast<const char*>(p_.features.data) + sample * p_.dim * bytes;
     const int64_t end = std::min(p_.dim * bytes, kPrefetchBytes);
-    for (int64_t b = 0; b < end; b += 64) __builtin_prefetch(row + b);
+    for (int64_t b = 0; b < end; b += 64) __builtin_prefetch(row + b, 0, 2);
   }
 
   // Reads row i and finds its length.
