@@ -40,22 +40,26 @@ GARDO_CLONES void tile_products(const float* const* rows, const float* const* co
                                 float* products) {
   const float *r0 = rows[0], *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
   const float *c0 = cols[0], *c1 = cols[1], *c2 = cols[2];
-  // Spelled out, so that all sums stay in registers.
+  // Spelled out, and each row loaded where it is used, so that all of it fits into 16 registers:
+  // else the compiler loads the rows once per product, and loads decide the time.
   Float8 s[kTileRows * kTileCols] = {};
   for (int64_t d = 0; d < n; d += kWidth) {
-    const Float8 a0 = load_lanes<Float8>(r0 + d), a1 = load_lanes<Float8>(r1 + d),
-                 a2 = load_lanes<Float8>(r2 + d), a3 = load_lanes<Float8>(r3 + d);
-    const Float8 b0 = load_lanes<Float8>(c0 + d), b1 = load_lanes<Float8>(c1 + d),
-                 b2 = load_lanes<Float8>(c2 + d);
+    const Float8 b0 = load_lanes<Float8>(c0 + d);
+    const Float8 b1 = load_lanes<Float8>(c1 + d);
+    const Float8 b2 = load_lanes<Float8>(c2 + d);
+    const Float8 a0 = load_lanes<Float8>(r0 + d);
     s[0] += a0 * b0;
     s[1] += a0 * b1;
     s[2] += a0 * b2;
+    const Float8 a1 = load_lanes<Float8>(r1 + d);
     s[3] += a1 * b0;
     s[4] += a1 * b1;
     s[5] += a1 * b2;
+    const Float8 a2 = load_lanes<Float8>(r2 + d);
     s[6] += a2 * b0;
     s[7] += a2 * b1;
     s[8] += a2 * b2;
+    const Float8 a3 = load_lanes<Float8>(r3 + d);
     s[9] += a3 * b0;
     s[10] += a3 * b1;
     s[11] += a3 * b2;
