@@ -35,6 +35,12 @@ constexpr float kNoSimilarity = std::numeric_limits<float>::quiet_NaN();
 
 enum class RowKind : std::uint8_t { kUsable, kZero, kNonFinite };
 
+GARDO_INLINE inline float sum_of(Float8 lanes) {
+  const float s04 = lanes[0] + lanes[4], s15 = lanes[1] + lanes[5];
+  const float s26 = lanes[2] + lanes[6], s37 = lanes[3] + lanes[7];
+  return (s04 + s26) + (s15 + s37);
+}
+
 // Dot products of kTileRows rows with kTileCols columns, n a multiple of kWidth.
 GARDO_CLONES void tile_products(const float* const* rows, const float* const* cols, int64_t n,
                                 float* products) {
@@ -42,35 +48,43 @@ GARDO_CLONES void tile_products(const float* const* rows, const float* const* co
   const float *c0 = cols[0], *c1 = cols[1], *c2 = cols[2];
   // Spelled out, and each row loaded where it is used, so that all of it fits into 16 registers:
   // else the compiler loads the rows once per product, and loads decide the time.
-  Float8 s[kTileRows * kTileCols] = {};
+  Float8 s00{}, s01{}, s02{};
+  Float8 s10{}, s11{}, s12{};
+  Float8 s20{}, s21{}, s22{};
+  Float8 s30{}, s31{}, s32{};
   for (int64_t d = 0; d < n; d += kWidth) {
     const Float8 b0 = load_lanes<Float8>(c0 + d);
     const Float8 b1 = load_lanes<Float8>(c1 + d);
     const Float8 b2 = load_lanes<Float8>(c2 + d);
     const Float8 a0 = load_lanes<Float8>(r0 + d);
-    s[0] += a0 * b0;
-    s[1] += a0 * b1;
-    s[2] += a0 * b2;
+    s00 += a0 * b0;
+    s01 += a0 * b1;
+    s02 += a0 * b2;
     const Float8 a1 = load_lanes<Float8>(r1 + d);
-    s[3] += a1 * b0;
-    s[4] += a1 * b1;
-    s[5] += a1 * b2;
+    s10 += a1 * b0;
+    s11 += a1 * b1;
+    s12 += a1 * b2;
     const Float8 a2 = load_lanes<Float8>(r2 + d);
-    s[6] += a2 * b0;
-    s[7] += a2 * b1;
-    s[8] += a2 * b2;
+    s20 += a2 * b0;
+    s21 += a2 * b1;
+    s22 += a2 * b2;
     const Float8 a3 = load_lanes<Float8>(r3 + d);
-    s[9] += a3 * b0;
-    s[10] += a3 * b1;
-    s[11] += a3 * b2;
+    s30 += a3 * b0;
+    s31 += a3 * b1;
+    s32 += a3 * b2;
   }
-  for (int64_t k = 0; k < kTileRows * kTileCols; ++k) {
-    float lanes[kWidth];
-    std::memcpy(lanes, &s[k], sizeof(lanes));
-    float half[kWidth / 2];
-    for (int64_t j = 0; j < kWidth / 2; ++j) half[j] = lanes[j] + lanes[j + kWidth / 2];
-    products[k] = (half[0] + half[2]) + (half[1] + half[3]);
-  }
+  products[0] = sum_of(s00);
+  products[1] = sum_of(s01);
+  products[2] = sum_of(s02);
+  products[3] = sum_of(s10);
+  products[4] = sum_of(s11);
+  products[5] = sum_of(s12);
+  products[6] = sum_of(s20);
+  products[7] = sum_of(s21);
+  products[8] = sum_of(s22);
+  products[9] = sum_of(s30);
+  products[10] = sum_of(s31);
+  products[11] = sum_of(s32);
 }
 
 // One group: its rows as float32, the inverse of their lengths, and what was found so far.
