@@ -30,6 +30,7 @@ constexpr int64_t kPrefetchRows = 32;
 constexpr double kTinySquares = 1e-20, kHugeSquares = 1e30;
 // 1 - cosine cancels below this; the squared difference of the unit rows does not.
 constexpr float kNear = 1.0f / 16;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // The inverse length of what is no one's neighbour: no comparison with NaN holds.
 constexpr float kNoSimilarity = std::numeric_limits<float>::quiet_NaN();
 
@@ -87,6 +88,22 @@ GARDO_CLONES void tile_products(const float* const* rows, const float* const* co
   products[11] = sum_of(s32);
 }
 
+// The first index of the largest value[i] * factor[i], NaN and -infinity left out; -1 if nothing is
+// left. n is a multiple of kWidth.
+GARDO_CLONES int64_t scaled_argmax(const float* value, const float* factor, int64_t n) {
+  Float8 best = Float8{} - kInfinity;
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const Float8 scaled = load_lanes<Float8>(value + i) * load_lanes<Float8>(factor + i);
+    best = scaled > best ? scaled : best;
+  }
+  float largest = best[0];
+  for (int k = 1; k < kWidth; ++k) largest = std::max(largest, best[k]);
+  if (largest == -kInfinity) return -1;
+  int64_t i = 0;
+  while (value[i] * factor[i] != largest) ++i;
+  return i;
+}
+
 // One group: its rows as float32, the inverse of their lengths, and what was found so far.
 class Group {
  public:
@@ -104,8 +121,11 @@ class Group {
     rows_.resize(padded);
     inverse_.resize(padded);
     kind_.resize(n);
-    best_.assign(padded, -std::numeric_limits<float>::infinity());
+    best_.assign(padded, -kInfinity);
     nearest_.assign(padded, -1);
+    if (size > kLargeGroup) return;
+    ld_ = static_cast<int64_t>(padded + kWidth - 1) / kWidth * kWidth;
+    products_.resize(padded * static_cast<std::size_t>(ld_));
   }
 
   // Asks for a sample's features ahead of their use: the rows of a group lie anywhere in memory,
@@ -117,24 +137,36 @@ class Group {
     for (int64_t b = 0; b < end; b += 64) __builtin_prefetch(row + b, 0, 2);
   }
 
+  // Row i as float32, where it is if it can be read there.
+  void load_row(int64_t i) {
+    const int64_t base = members_[i] * p_.dim;
+    float* copy = copy_of(i);
+    if (!in_place()) copy_row(base, copy);
+    rows_[i] = in_place() ? static_cast<const float*>(p_.features.data) + base : copy;
+  }
+
+  // Takes the sum of squares of row i. One that float32 cannot hold is replaced by a unit row or by
+  // zeros, and the result is true.
+  bool set_length(int64_t i, double squares) {
+    kind_[i] = RowKind::kUsable;
+    inverse_[i] = static_cast<float>(1.0 / std::sqrt(squares));
+    if (squares > kTinySquares && squares < kHugeSquares) return false;
+    float* copy = copy_of(i);
+    if (in_place()) copy_row(members_[i] * p_.dim, copy);
+    rows_[i] = copy;
+    kind_[i] = normalize_extreme_row(copy);
+    inverse_[i] = kind_[i] == RowKind::kNonFinite ? kNoSimilarity : 1.0f;
+    return true;
+  }
+
   // Reads row i and finds its length.
   void prepare_row(int64_t i) {
-    const int64_t base = members_[i] * p_.dim;
-    float* copy = copies_.get() + i * stride_;
-    const bool in_place = p_.features.dtype == DType::kFloat32 && stride_ == p_.dim;
-    if (!in_place) copy_row(base, copy);
-    rows_[i] = in_place ? static_cast<const float*>(p_.features.data) + base : copy;
+    load_row(i);
     double squares = 0.0;
     for (int64_t d = 0; d < stride_; d += kBlock) {
       squares += sum_squares(rows_[i] + d, std::min(kBlock, stride_ - d));
     }
-    kind_[i] = RowKind::kUsable;
-    inverse_[i] = static_cast<float>(1.0 / std::sqrt(squares));
-    if (squares > kTinySquares && squares < kHugeSquares) return;
-    if (in_place) copy_row(base, copy);
-    rows_[i] = copy;
-    kind_[i] = normalize_extreme_row(copy);
-    inverse_[i] = kind_[i] == RowKind::kNonFinite ? kNoSimilarity : 1.0f;
+    set_length(i, squares);
   }
 
   // After all rows: tiles may reach beyond the last one, where nothing is similar to anything.
@@ -143,24 +175,52 @@ class Group {
     std::fill(inverse_.begin() + size_, inverse_.end(), kNoSimilarity);
   }
 
-  // Offers the members of a tile to each other: both ways, each pair once (`mutual`), or the
-  // columns to the rows alone, so that threads can share out the rows.
-  void visit_tile(int64_t first, int64_t col, bool mutual) {
+  // The products of a tile, to be found by either member first.
+  void multiply_tile(int64_t first, int64_t col) {
+    float products[kTileRows * kTileCols];
+    tile_products(rows_.data() + first, rows_.data() + col, stride_, products);
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      for (int64_t j = 0; j < kTileCols; ++j) {
+        const float product = products[i * kTileCols + j];
+        products_[(first + i) * ld_ + col + j] = product;
+        products_[(col + j) * ld_ + first + i] = product;
+      }
+    }
+  }
+
+  // Lengths from the products of the rows with themselves. True if rows were replaced: then their
+  // products are to be taken once more.
+  bool set_lengths() {
+    bool replaced = false;
+    for (int64_t i = 0; i < size_; ++i) {
+      if (set_length(i, static_cast<double>(products_[i * ld_ + i]))) replaced = true;
+    }
+    return replaced;
+  }
+
+  // From the products and lengths of all members.
+  void find_nearest(int64_t i) {
+    float* row = products_.data() + i * ld_;
+    const int64_t end = (size_ + kWidth - 1) / kWidth * kWidth;
+    row[i] = -kInfinity;
+    std::fill(row + size_, row + end, -kInfinity);
+    const int64_t nearest = scaled_argmax(row, inverse_.data(), end);
+    if (nearest < 0) return;
+    best_[i] = row[nearest] * inverse_[nearest] * inverse_[i];
+    nearest_[i] = nearest;
+  }
+
+  // Offers the columns of a tile to its rows.
+  void visit_tile(int64_t first, int64_t col) {
     float products[kTileRows * kTileCols];
     tile_products(rows_.data() + first, rows_.data() + col, stride_, products);
     for (int64_t i = 0; i < kTileRows; ++i) {
       for (int64_t j = 0; j < kTileCols; ++j) {
         float& similarity = products[i * kTileCols + j];
         similarity *= inverse_[first + i] * inverse_[col + j];
-        if (first + i == col + j) similarity = -std::numeric_limits<float>::infinity();
+        if (first + i == col + j) similarity = -kInfinity;
       }
-    }
-    for (int64_t i = 0; i < kTileRows; ++i) {
-      offer_best<kTileCols>(first + i, col, products + i * kTileCols, 1);
-    }
-    if (!mutual) return;
-    for (int64_t j = 0; j < kTileCols; ++j) {
-      offer_best<kTileRows>(col + j, first, products + j, kTileCols);
+      offer_best(first + i, col, products + i * kTileCols);
     }
   }
 
@@ -169,6 +229,9 @@ class Group {
   int64_t size() const { return size_; }
 
  private:
+  bool in_place() const { return p_.features.dtype == DType::kFloat32 && stride_ == p_.dim; }
+  float* copy_of(int64_t i) { return copies_.get() + i * stride_; }
+
   void copy_row(int64_t base, float* out) const {
     float scratch[kBlock];
     for (int64_t d = 0; d < p_.dim; d += kBlock) {
@@ -202,14 +265,13 @@ class Group {
     return RowKind::kUsable;
   }
 
-  // Offers kCount consecutive candidates to member i. Those without a similarity (NaN) lose.
-  template <int64_t kCount>
-  void offer_best(int64_t i, int64_t first, const float* similarity, int64_t stride) {
+  // Offers the members of a column tile to member i. Those without a similarity (NaN) lose.
+  void offer_best(int64_t i, int64_t first, const float* similarity) {
     float best = best_[i];
     int64_t nearest = nearest_[i];
-    for (int64_t k = 0; k < kCount; ++k) {
-      const bool nearer = similarity[k * stride] > best;
-      best = nearer ? similarity[k * stride] : best;
+    for (int64_t k = 0; k < kTileCols; ++k) {
+      const bool nearer = similarity[k] > best;
+      best = nearer ? similarity[k] : best;
       nearest = nearer ? first + k : nearest;
     }
     best_[i] = best;
@@ -237,7 +299,9 @@ class Group {
   const int64_t* members_ = nullptr;
   int64_t size_ = 0;
   std::vector<const float*> rows_;
-  std::vector<float> inverse_;  // inverse lengths
+  std::vector<float> inverse_;   // inverse lengths
+  std::vector<float> products_;  // of all pairs of a small group, in rows of ld_
+  int64_t ld_ = 0;
   std::vector<RowKind> kind_;
   std::vector<float> best_;
   std::vector<int64_t> nearest_;
@@ -246,15 +310,23 @@ class Group {
 // `next` are the samples that the thread will probably read after this group.
 void nearest_of_small_group(Group& group, const int64_t* next, const int64_t* end) {
   const int64_t m = group.size();
-  for (int64_t i = 0; i < m; ++i) group.prepare_row(i);
+  for (int64_t i = 0; i < m; ++i) group.load_row(i);
   group.finish_rows();
-  for (int64_t first = 0; first < m; first += kTileRows) {
-    for (int64_t col = first + 1; col < m; col += kTileCols) {
-      if (next < end) group.prefetch(*next++);
-      group.visit_tile(first, col, true);
+  const auto multiply = [&] {
+    for (int64_t first = 0; first < m; first += kTileRows) {
+      // From the row itself on: that product is its length, which saves a pass over the rows.
+      for (int64_t col = first; col < m; col += kTileCols) {
+        if (next < end) group.prefetch(*next++);
+        group.multiply_tile(first, col);
+      }
     }
+  };
+  multiply();
+  if (group.set_lengths()) multiply();
+  for (int64_t i = 0; i < m; ++i) {
+    group.find_nearest(i);
+    group.write_distance(i);
   }
-  for (int64_t i = 0; i < m; ++i) group.write_distance(i);
 }
 
 void nearest_of_large_group(Group& group, int num_threads) {
@@ -267,7 +339,7 @@ void nearest_of_large_group(Group& group, int num_threads) {
     const int64_t end = std::min(task + kTaskRows, m);
     for (int64_t col = 0; col < m; col += kTileCols) {
       for (int64_t first = task; first < end; first += kTileRows) {
-        group.visit_tile(first, col, false);
+        group.visit_tile(first, col);
       }
     }
     for (int64_t i = task; i < end; ++i) group.write_distance(i);
