@@ -32,11 +32,10 @@ GARDO_CLONES void radii(const uint32_t* words, int64_t n, float* __restrict out)
   float exponents[kQuads], ratios[kQuads];
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t raw = bits<uint32_t>(uniform(words[i]));
-    const float mantissa = bits<float>((raw & 0x7fffffu) | 0x3f800000u);
-    const int exponent = static_cast<int>(raw >> 23) - 127;
-    const bool high = mantissa > 1.41421356f;
-    const float m = high ? 0.5f * mantissa : mantissa;
-    exponents[i] = static_cast<float>(high ? exponent + 1 : exponent);
+    // m in (sqrt(1/2), sqrt(2)]: 0x3504f3 is the mantissa of the square root of 2.
+    const int exponent = static_cast<int>(raw - 0x3f3504f4u) >> 23;
+    const float m = bits<float>(raw - (static_cast<uint32_t>(exponent) << 23));
+    exponents[i] = static_cast<float>(exponent);
     ratios[i] = (m - 1.0f) / (m + 1.0f);
   }
   for (int64_t i = 0; i < n; ++i) {
@@ -73,13 +72,13 @@ GARDO_CLONES void turns(const uint32_t* words, int64_t n, float* __restrict cosi
                                                       z * (1.0f / 40320 + z * (-1.0f / 3628800)))));
   }
   for (int64_t i = 0; i < n; ++i) {
-    const bool swap = (quarters[i] & 1) != 0;
-    const float c = swap ? sine[i] : cosine[i];
-    const float s = swap ? cosine[i] : sine[i];
-    const bool cos_negative = ((quarters[i] + 1) & 2) != 0;
-    const bool sin_negative = (quarters[i] & 2) != 0;
-    cosine[i] = cos_negative ? -c : c;
-    sine[i] = sin_negative ? -s : s;
+    const auto quarter = static_cast<uint32_t>(quarters[i]);
+    const bool swap = (quarter & 1u) != 0;
+    const uint32_t c = bits<uint32_t>(swap ? sine[i] : cosine[i]);
+    const uint32_t s = bits<uint32_t>(swap ? cosine[i] : sine[i]);
+    // The second bit is the sign.
+    cosine[i] = bits<float>(c ^ (((quarter + 1u) & 2u) << 30));
+    sine[i] = bits<float>(s ^ ((quarter & 2u) << 30));
   }
 }
 
