@@ -13,7 +13,7 @@ using std::int64_t;
 
 constexpr double kWeightFloor = 1e-5;
 
-// A block of float32 of one row.
+// A block of float32 of one row. Passed by value, as PolicyBlock is.
 struct NftBlock {
   const float *v, *v_old, *x0, *xt;
   float t, beta, one_minus_beta, one_plus_beta;

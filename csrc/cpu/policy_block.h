@@ -10,7 +10,8 @@
 
 namespace gardo {
 
-// A block of float32 of one row.
+// A block of float32 of one row. Passed by value: no store can change it, so that the loops keep it
+// in registers.
 struct PolicyBlock {
   const float* cond;
   const float* uncond;  // null: no guidance
