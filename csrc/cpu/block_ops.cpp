@@ -37,27 +37,22 @@ __attribute__((always_inline)) inline uint16_t float_to_half(float value) {
   return static_cast<uint16_t>(sign | half);
 }
 
-__attribute__((always_inline)) inline uint16_t float_to_bfloat(float value) {
-  const uint32_t raw = bits<uint32_t>(value);
-  const uint32_t rounded = (raw + 0x7fffu + ((raw >> 16) & 1u)) >> 16;
-  const bool nan = (raw & 0x7fffffffu) > 0x7f800000u;
-  return static_cast<uint16_t>(nan ? (raw >> 16) | 0x40u : rounded);
-}
-
 GARDO_CLONES void widen_half(const uint16_t* in, int64_t n, float* __restrict out) {
   for (int64_t i = 0; i < n; ++i) out[i] = half_to_float(in[i]);
 }
 
-GARDO_CLONES void widen_bfloat(const uint16_t* in, int64_t n, float* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = bits<float>(static_cast<uint32_t>(in[i]) << 16);
+GARDO_CLONES void widen_bfloat(const BFloat16* in, int64_t n, float* out) {
+  for_lanes(n, [&](auto lanes, int64_t i)
+                   GARDO_INLINE { store_lanes(load_lanes<decltype(lanes)>(in + i), out + i); });
 }
 
 GARDO_CLONES void narrow_half(const float* in, int64_t n, uint16_t* __restrict out) {
   for (int64_t i = 0; i < n; ++i) out[i] = float_to_half(in[i]);
 }
 
-GARDO_CLONES void narrow_bfloat(const float* in, int64_t n, uint16_t* __restrict out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = float_to_bfloat(in[i]);
+GARDO_CLONES void narrow_bfloat(const float* in, int64_t n, BFloat16* out) {
+  for_lanes(n, [&](auto lanes, int64_t i)
+                   GARDO_INLINE { store_lanes(load_lanes<decltype(lanes)>(in + i), out + i); });
 }
 
 }  // namespace
@@ -70,7 +65,7 @@ const float* load_block(ConstLatents tensor, int64_t offset, int64_t n, float* s
       widen_half(static_cast<const uint16_t*>(tensor.data) + offset, n, scratch);
       break;
     case DType::kBFloat16:
-      widen_bfloat(static_cast<const uint16_t*>(tensor.data) + offset, n, scratch);
+      widen_bfloat(static_cast<const BFloat16*>(tensor.data) + offset, n, scratch);
       break;
   }
   return scratch;
@@ -91,7 +86,7 @@ void store_block(const float* values, Latents tensor, int64_t offset, int64_t n)
       narrow_half(values, n, static_cast<uint16_t*>(tensor.data) + offset);
       break;
     case DType::kBFloat16:
-      narrow_bfloat(values, n, static_cast<uint16_t*>(tensor.data) + offset);
+      narrow_bfloat(values, n, static_cast<BFloat16*>(tensor.data) + offset);
       break;
   }
 }

@@ -31,6 +31,19 @@ PolicyTerm policy_term(float ratio, float advantage, const GrpoLossParams& p) {
   return {plain, plain};
 }
 
+template <typename V, typename Gated>
+void add_squares(const GrpoLossParams& p, Gated gated, RowSums& squares, RowSums& kl_squares) {
+  for_each_block(
+      p.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t block, Scratch& s) {
+        const float* prev = load_block(p.prev_sample, offset, n, s.in[3]);
+        const V* ref = gated(row) ? load_velocity<V>(p.ref_velocity, offset, n, s.in[4]) : nullptr;
+        const PolicySums sums =
+            policy_sums(load_policy<V>(p.velocity, p.sample, p.coef, row, offset, n, s), prev, ref);
+        squares[block] = sums.residual;
+        kl_squares[block] = sums.kl;
+      });
+}
+
 }  // namespace
 
 void grpo_loss_cpu(const GrpoLossParams& p) {
@@ -39,15 +52,9 @@ void grpo_loss_cpu(const GrpoLossParams& p) {
     return p.ref_velocity.data != nullptr && (p.gate == nullptr || p.gate[row] != 0);
   };
   RowSums squares(p.extent), kl_squares(p.extent);
-  for_each_block(
-      p.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t block, Scratch& s) {
-        const float* prev = load_block(p.prev_sample, offset, n, s.in[3]);
-        const float* ref = gated(row) ? load_block(p.ref_velocity, offset, n, s.in[4]) : nullptr;
-        const PolicySums sums =
-            policy_sums(load_policy(p.velocity, p.sample, p.coef, row, offset, n, s), prev, ref);
-        squares[block] = sums.residual;
-        kl_squares[block] = sums.kl;
-      });
+  with_velocity_type({p.velocity.cond, p.velocity.uncond, p.ref_velocity}, [&](auto type) {
+    add_squares<decltype(type)>(p, gated, squares, kl_squares);
+  });
 
   int64_t num_gated = 0;
   for (int64_t row = 0; row < rows; ++row) num_gated += gated(row) ? 1 : 0;

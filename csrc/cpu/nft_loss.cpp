@@ -13,17 +13,21 @@ using std::int64_t;
 
 constexpr double kWeightFloor = 1e-5;
 
-// A block of float32 of one row. Passed by value, as PolicyBlock is.
+// A block of one row, with velocities of type V (float or BFloat16). Passed by value, as
+// PolicyBlock is.
+template <typename V>
 struct NftBlock {
-  const float *v, *v_old, *x0, *xt;
+  const V *v, *v_old;
+  const float *x0, *xt;
   float t, beta, one_minus_beta, one_plus_beta;
   std::int64_t n;
 };
 
 // Uses the first four inputs of the scratch.
-NftBlock load_nft(const NftTensors& t, int64_t row, int64_t offset, int64_t n, Scratch& s) {
-  return {load_block(t.velocity, offset, n, s.in[0]),
-          load_block(t.old_velocity, offset, n, s.in[1]),
+template <typename V>
+NftBlock<V> load_nft(const NftTensors& t, int64_t row, int64_t offset, int64_t n, Scratch& s) {
+  return {load_velocity<V>(t.velocity, offset, n, s.in[0]),
+          load_velocity<V>(t.old_velocity, offset, n, s.in[1]),
           load_block(t.x0, offset, n, s.in[2]),
           load_block(t.xt, offset, n, s.in[3]),
           t.t[row],
@@ -38,8 +42,8 @@ struct Errors {
   T v, positive, negative;
 };
 
-template <typename T>
-GARDO_INLINE inline Errors<T> errors_of(const NftBlock& b, int64_t i) {
+template <typename T, typename V>
+GARDO_INLINE inline Errors<T> errors_of(const NftBlock<V>& b, int64_t i) {
   const T v = load_lanes<T>(b.v + i), v_old = load_lanes<T>(b.v_old + i);
   const T x0 = load_lanes<T>(b.x0 + i), xt = load_lanes<T>(b.xt + i);
   return {v, (xt - b.t * (b.beta * v + b.one_minus_beta * v_old)) - x0,
@@ -52,7 +56,8 @@ struct NftSums {
 };
 
 // `ref` may be null.
-GARDO_CLONES NftSums nft_sums(NftBlock block, const float* ref) {
+template <typename V>
+GARDO_INLINE inline NftSums sums(NftBlock<V> block, const V* ref) {
   // Two vectors of each of the sums: more would not fit into the registers.
   constexpr int kVectors = 2;
   double totals[5] = {}, without_kl[4];
@@ -79,8 +84,9 @@ GARDO_CLONES NftSums nft_sums(NftBlock block, const float* ref) {
 }
 
 // `ref` may be null.
-GARDO_CLONES void nft_gradient(NftBlock block, float by_positive, float by_negative, float by_kl,
-                               const float* ref, float* grad) {
+template <typename V>
+GARDO_INLINE inline void gradient(NftBlock<V> block, float by_positive, float by_negative,
+                                  float by_kl, const V* ref, V* grad) {
   with_flag(ref != nullptr, [&](auto with_kl) GARDO_INLINE {
     for_lanes(block.n, [&](auto lanes, int64_t i) GARDO_INLINE {
       using T = decltype(lanes);
@@ -89,6 +95,38 @@ GARDO_CLONES void nft_gradient(NftBlock block, float by_positive, float by_negat
       if constexpr (decltype(with_kl)::value) sum += by_kl * (e.v - load_lanes<T>(ref + i));
       store_lanes(sum, grad + i);
     });
+  });
+}
+
+GARDO_CLONES NftSums nft_sums(NftBlock<float> block, const float* ref) {
+  return sums(block, ref);
+}
+
+GARDO_CLONES NftSums nft_sums(NftBlock<BFloat16> block, const BFloat16* ref) {
+  return sums(block, ref);
+}
+
+GARDO_CLONES void nft_gradient(NftBlock<float> block, float by_positive, float by_negative,
+                               float by_kl, const float* ref, float* grad) {
+  gradient(block, by_positive, by_negative, by_kl, ref, grad);
+}
+
+GARDO_CLONES void nft_gradient(NftBlock<BFloat16> block, float by_positive, float by_negative,
+                               float by_kl, const BFloat16* ref, BFloat16* grad) {
+  gradient(block, by_positive, by_negative, by_kl, ref, grad);
+}
+
+template <typename V>
+void gradient_blocks(const NftBackwardParams& p) {
+  const NftTensors& t = p.tensors;
+  for_each_block<Order::kBackward>(t.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n,
+                                                 int64_t, Scratch& s) {
+    const float by_kl = t.ref_velocity.data == nullptr ? 0.0f : p.grad_kl[row];
+    const V* ref = by_kl == 0.0f ? nullptr : load_velocity<V>(t.ref_velocity, offset, n, s.in[4]);
+    V* grad = velocity_target<V>(p.grad_velocity, offset, s.out[0]);
+    nft_gradient(load_nft<V>(t, row, offset, n, s), p.grad_positive[row], p.grad_negative[row],
+                 by_kl, ref, grad);
+    store_velocity(grad, p.grad_velocity, offset, n);
   });
 }
 
@@ -118,16 +156,19 @@ void nft_loss_cpu(const NftLossParams& p) {
   };
   RowSums squares_p(t.extent), squares_n(t.extent), abs_p(t.extent), abs_n(t.extent);
   RowSums kl_squares(t.extent);
-  for_each_block(
-      t.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t block, Scratch& s) {
-        const float* ref = gated(row) ? load_block(t.ref_velocity, offset, n, s.in[4]) : nullptr;
-        const NftSums sums = nft_sums(load_nft(t, row, offset, n, s), ref);
-        squares_p[block] = sums.squares_positive;
-        abs_p[block] = sums.abs_positive;
-        squares_n[block] = sums.squares_negative;
-        abs_n[block] = sums.abs_negative;
-        kl_squares[block] = sums.kl;
-      });
+  with_velocity_type({t.velocity, t.old_velocity, t.ref_velocity}, [&](auto type) {
+    using V = decltype(type);
+    for_each_block(t.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t block,
+                                 Scratch& s) {
+      const V* ref = gated(row) ? load_velocity<V>(t.ref_velocity, offset, n, s.in[4]) : nullptr;
+      const NftSums sums = nft_sums(load_nft<V>(t, row, offset, n, s), ref);
+      squares_p[block] = sums.squares_positive;
+      abs_p[block] = sums.abs_positive;
+      squares_n[block] = sums.squares_negative;
+      abs_n[block] = sums.abs_negative;
+      kl_squares[block] = sums.kl;
+    });
+  });
 
   const int64_t rows = t.extent.rows;
   int64_t num_gated = 0;
@@ -161,15 +202,9 @@ void nft_loss_cpu(const NftLossParams& p) {
 void nft_backward_cpu(const NftBackwardParams& p) {
   prefer_huge_pages(p.grad_velocity, p.tensors.extent);
   const NftTensors& t = p.tensors;
-  for_each_block<Order::kBackward>(
-      t.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n, int64_t, Scratch& s) {
-        const float by_kl = t.ref_velocity.data == nullptr ? 0.0f : p.grad_kl[row];
-        const float* ref = by_kl == 0.0f ? nullptr : load_block(t.ref_velocity, offset, n, s.in[4]);
-        float* grad = block_target(p.grad_velocity, offset, s.out[0]);
-        nft_gradient(load_nft(t, row, offset, n, s), p.grad_positive[row], p.grad_negative[row],
-                     by_kl, ref, grad);
-        store_block(grad, p.grad_velocity, offset, n);
-      });
+  with_velocity_type(
+      {t.velocity, t.old_velocity, t.ref_velocity, {p.grad_velocity.data, p.grad_velocity.dtype}},
+      [&](auto type) { gradient_blocks<decltype(type)>(p); });
 }
 
 }  // namespace gardo

@@ -10,23 +10,22 @@ using std::int64_t;
 // 32 lanes of at most 32 terms of a block each.
 constexpr int kVectors = 4;
 
-template <typename T, bool kGuided>
-GARDO_INLINE inline T velocity_of(const PolicyBlock& block, int64_t i) {
+template <typename T, bool kGuided, typename V>
+GARDO_INLINE inline T velocity_of(const PolicyBlock<V>& block, int64_t i) {
   const T cond = load_lanes<T>(block.cond + i);
   if constexpr (!kGuided) return cond;
   const T uncond = load_lanes<T>(block.uncond + i);
   return uncond + block.guidance_scale * (cond - uncond);
 }
 
-template <typename T>
-GARDO_INLINE inline T mean_of(const PolicyBlock& block, const T& velocity, int64_t i) {
+template <typename T, typename V>
+GARDO_INLINE inline T mean_of(const PolicyBlock<V>& block, const T& velocity, int64_t i) {
   return block.a * load_lanes<T>(block.sample + i) + block.b * velocity;
 }
 
-}  // namespace
-
-GARDO_CLONES double step_block(PolicyBlock block, float c, const float* noise, float* prev,
-                               float* mean) {
+template <typename V>
+GARDO_INLINE inline double step(PolicyBlock<V> block, float c, const float* noise, float* prev,
+                                float* mean) {
   double total[1];
   with_flag(block.uncond != nullptr, [&](auto guided) GARDO_INLINE {
     with_flag(noise != nullptr, [&](auto noisy) GARDO_INLINE {
@@ -44,7 +43,8 @@ GARDO_CLONES double step_block(PolicyBlock block, float c, const float* noise, f
   return total[0];
 }
 
-GARDO_CLONES PolicySums policy_sums(PolicyBlock block, const float* prev, const float* ref) {
+template <typename V>
+GARDO_INLINE inline PolicySums sums(PolicyBlock<V> block, const float* prev, const V* ref) {
   double residual[1], both[2] = {};
   with_flag(block.uncond != nullptr, [&](auto guided) GARDO_INLINE {
     const auto terms = [&](int64_t i, auto* out) GARDO_INLINE {
@@ -68,8 +68,9 @@ GARDO_CLONES PolicySums policy_sums(PolicyBlock block, const float* prev, const 
   return {both[0], both[1]};
 }
 
-GARDO_CLONES void policy_gradient(PolicyBlock block, float alpha, const float* prev, float beta,
-                                  const float* ref, float* grad_cond, float* grad_uncond) {
+template <typename V>
+GARDO_INLINE inline void gradient(PolicyBlock<V> block, float alpha, const float* prev, float beta,
+                                  const V* ref, V* grad_cond, V* grad_uncond) {
   with_flag(block.uncond != nullptr, [&](auto guided) GARDO_INLINE {
     with_flag(prev != nullptr, [&](auto by_policy) GARDO_INLINE {
       with_flag(ref != nullptr, [&](auto by_kl) GARDO_INLINE {
@@ -90,6 +91,39 @@ GARDO_CLONES void policy_gradient(PolicyBlock block, float alpha, const float* p
       });
     });
   });
+}
+
+}  // namespace
+
+GARDO_CLONES double step_block(PolicyBlock<float> block, float c, const float* noise, float* prev,
+                               float* mean) {
+  return step(block, c, noise, prev, mean);
+}
+
+GARDO_CLONES double step_block(PolicyBlock<BFloat16> block, float c, const float* noise,
+                               float* prev, float* mean) {
+  return step(block, c, noise, prev, mean);
+}
+
+GARDO_CLONES PolicySums policy_sums(PolicyBlock<float> block, const float* prev, const float* ref) {
+  return sums(block, prev, ref);
+}
+
+GARDO_CLONES PolicySums policy_sums(PolicyBlock<BFloat16> block, const float* prev,
+                                    const BFloat16* ref) {
+  return sums(block, prev, ref);
+}
+
+GARDO_CLONES void policy_gradient(PolicyBlock<float> block, float alpha, const float* prev,
+                                  float beta, const float* ref, float* grad_cond,
+                                  float* grad_uncond) {
+  gradient(block, alpha, prev, beta, ref, grad_cond, grad_uncond);
+}
+
+GARDO_CLONES void policy_gradient(PolicyBlock<BFloat16> block, float alpha, const float* prev,
+                                  float beta, const BFloat16* ref, BFloat16* grad_cond,
+                                  BFloat16* grad_uncond) {
+  gradient(block, alpha, prev, beta, ref, grad_cond, grad_uncond);
 }
 
 }  // namespace gardo

@@ -10,11 +10,12 @@
 
 namespace gardo {
 
-// A block of float32 of one row. Passed by value: no store can change it, so that the loops keep it
-// in registers.
+// A block of one row, with velocities of type V (float or BFloat16). Passed by value: no store can
+// change it, so that the loops keep it in registers.
+template <typename V>
 struct PolicyBlock {
-  const float* cond;
-  const float* uncond;  // null: no guidance
+  const V* cond;
+  const V* uncond;  // null: no guidance
   float guidance_scale;
   const float* sample;
   float a, b;
@@ -22,12 +23,13 @@ struct PolicyBlock {
 };
 
 // Uses the first three inputs of the scratch.
-inline PolicyBlock load_policy(const Velocity& velocity, ConstLatents sample,
-                               const SdeCoefficients& coef, std::int64_t row, std::int64_t offset,
-                               std::int64_t n, Scratch& s) {
+template <typename V>
+PolicyBlock<V> load_policy(const Velocity& velocity, ConstLatents sample,
+                           const SdeCoefficients& coef, std::int64_t row, std::int64_t offset,
+                           std::int64_t n, Scratch& s) {
   const bool guided = velocity.uncond.data != nullptr;
-  return {load_block(velocity.cond, offset, n, s.in[0]),
-          guided ? load_block(velocity.uncond, offset, n, s.in[1]) : nullptr,
+  return {load_velocity<V>(velocity.cond, offset, n, s.in[0]),
+          guided ? load_velocity<V>(velocity.uncond, offset, n, s.in[1]) : nullptr,
           velocity.guidance_scale,
           load_block(sample, offset, n, s.in[2]),
           coef.a[row],
@@ -36,7 +38,9 @@ inline PolicyBlock load_policy(const Velocity& velocity, ConstLatents sample,
 }
 
 // prev = mean + c*noise; noise may be null for 0. Returns the sum of (prev - mean)^2.
-double step_block(PolicyBlock block, float c, const float* noise, float* prev, float* mean);
+double step_block(PolicyBlock<float> block, float c, const float* noise, float* prev, float* mean);
+double step_block(PolicyBlock<BFloat16> block, float c, const float* noise, float* prev,
+                  float* mean);
 
 struct PolicySums {
   double residual;  // of (prev - mean)^2
@@ -44,12 +48,15 @@ struct PolicySums {
 };
 
 // `ref` may be null.
-PolicySums policy_sums(PolicyBlock block, const float* prev, const float* ref);
+PolicySums policy_sums(PolicyBlock<float> block, const float* prev, const float* ref);
+PolicySums policy_sums(PolicyBlock<BFloat16> block, const float* prev, const BFloat16* ref);
 
 // alpha*(prev - mean) + beta*(v - ref), by the chain rule of the guidance. A null `prev` or `ref`
 // leaves its term out. `grad_uncond` is written with guidance only.
-void policy_gradient(PolicyBlock block, float alpha, const float* prev, float beta,
+void policy_gradient(PolicyBlock<float> block, float alpha, const float* prev, float beta,
                      const float* ref, float* grad_cond, float* grad_uncond);
+void policy_gradient(PolicyBlock<BFloat16> block, float alpha, const float* prev, float beta,
+                     const BFloat16* ref, BFloat16* grad_cond, BFloat16* grad_uncond);
 
 inline float log_prob_of(const SdeCoefficients& coef, std::int64_t row, double squares,
                          std::int64_t row_size) {
