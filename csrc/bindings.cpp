@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <utility>
 
 #include "grpo_loss.h"
@@ -27,6 +28,15 @@ using std::int64_t;
   throw std::invalid_argument(name + ": " + problem);
 }
 
+// The Python string of a literal, made once: a call looks up to 25 names.
+PyObject* interned(const char* literal) {
+  static std::unordered_map<const char*, PyObject*> names;  // under the GIL
+  PyObject*& name = names[literal];
+  if (name == nullptr) name = PyUnicode_InternFromString(literal);
+  if (name == nullptr) throw py::error_already_set();
+  return name;
+}
+
 // Reads the keyword arguments of one call.
 class Args {
  public:
@@ -34,8 +44,7 @@ class Args {
 
   template <typename T>
   T value(const char* name) const {
-    // Looked up once: a call has up to 25 arguments, each of which makes a string of its name.
-    PyObject* const found = PyDict_GetItemString(kwargs_.ptr(), name);
+    PyObject* const found = PyDict_GetItemWithError(kwargs_.ptr(), interned(name));
     if (found == nullptr) throw py::type_error(std::string(name) + ": missing");
     try {
       return py::handle(found).cast<T>();
@@ -108,33 +117,35 @@ class Args {
   const py::kwargs& kwargs_;
 };
 
-gardo::ShapeRewardsParams shape_rewards_params(const Args& args) {
-  gardo::ShapeRewardsParams p{};
+template <typename T>
+gardo::BasicShapeRewardsParams<T> shape_rewards_params(const Args& args) {
+  gardo::BasicShapeRewardsParams<T> p{};
   p.num_samples = args.value<int64_t>("num_samples");
   p.num_aux = args.value<int64_t>("num_aux");
   if (p.num_samples < 0) refuse("num_samples", "expected >= 0");
   if (p.num_aux < 0) refuse("num_aux", "expected >= 0");
   const bool any = p.num_samples > 0;
-  p.proxy = args.array<const double>("proxy", any);
-  p.aux = args.array<const double>("aux", any && p.num_aux > 0);
+  p.proxy = args.array<const T>("proxy", any);
+  p.aux = args.array<const T>("aux", any && p.num_aux > 0);
   p.groups = args.array<const int64_t>("group_ids", any);
-  p.distance = args.array<const double>("distance", false);
+  p.distance = args.array<const T>("distance", false);
   p.fraction = args.value<double>("fraction");
   if (!(p.fraction >= 0.0 && p.fraction <= 1.0)) refuse("fraction", "expected in [0, 1]");
   p.advantage_norm = args.choice<gardo::AdvantageNorm>("advantage_norm", 3);
   p.gate_mode = args.choice<gardo::GateMode>("gate_mode", 4);
   p.scope = args.choice<gardo::RankScope>("scope", 2);
   p.num_threads = args.threads();
-  p.advantage = args.array<double>("advantage", any);
-  p.uncertainty = args.array<double>("uncertainty", any);
+  p.advantage = args.array<T>("advantage", any);
+  p.uncertainty = args.array<T>("uncertainty", any);
   p.gate = args.array<std::uint8_t>("gate", any);
-  p.threshold = args.array<double>("threshold", true);
-  p.mean_uncertainty = args.array<double>("mean_uncertainty", true);
+  p.threshold = args.array<T>("threshold", true);
+  p.mean_uncertainty = args.array<T>("mean_uncertainty", true);
   return p;
 }
 
+template <typename T>
 void shape_rewards(const py::kwargs& kwargs) {
-  const gardo::ShapeRewardsParams p = shape_rewards_params(Args(kwargs));
+  const gardo::BasicShapeRewardsParams<T> p = shape_rewards_params<T>(Args(kwargs));
   const py::gil_scoped_release released;
   gardo::shape_rewards_cpu(p);
 }
@@ -143,7 +154,7 @@ void shape_rewards(const py::kwargs& kwargs) {
 void shape_rewards_cuda(const py::kwargs& kwargs) {
   const Args args(kwargs);
   gardo::ShapeRewardsCudaParams p{};
-  p.common = shape_rewards_params(args);
+  p.common = shape_rewards_params<double>(args);
   p.device_fraction = args.array<const double>("device_fraction", false);
   p.workspace = args.array<void>("workspace", true);
   p.workspace_size = args.value<int64_t>("workspace_size");
@@ -258,6 +269,7 @@ void affine_backward(const py::kwargs& kwargs) {
   p.coef = coefficients(args, any, false, false);
   p.alpha = args.array<const float>("alpha", any);
   p.beta = args.array<const float>("beta", false);
+  p.grad = args.scalar("grad", any);
   if (p.beta != nullptr && p.ref_velocity.data == nullptr) refuse("beta", "needs ref_velocity");
   p.grad_velocity = args.output("grad_velocity", any);
   p.grad_velocity_uncond = args.output("grad_velocity_uncond", p.velocity.uncond.data != nullptr);
@@ -366,7 +378,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The torch-free C++ core of gardo_kernels; use it through gardo_kernels._native.";
   m.attr("has_openmp") = has_openmp();
   m.attr("has_cuda") = has_cuda();
-  m.def("shape_rewards", &shape_rewards);
+  m.def("shape_rewards", &shape_rewards<double>);
+  m.def("shape_rewards_float32", &shape_rewards<float>);
 #ifdef GARDO_WITH_CUDA
   m.def("shape_rewards_cuda", &shape_rewards_cuda);
   m.def("shape_rewards_cuda_workspace", &gardo::shape_rewards_cuda_workspace);

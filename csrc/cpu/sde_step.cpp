@@ -44,8 +44,8 @@ void gradient_blocks(const AffineBackwardParams& p) {
   const bool guided = p.velocity.uncond.data != nullptr;
   for_each_block<Order::kBackward>(p.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n,
                                                  int64_t, Scratch& s) {
-    const float alpha = p.alpha[row];
-    const float beta = p.beta == nullptr ? 0.0f : p.beta[row];
+    const float alpha = p.alpha[row] * p.grad[row];
+    const float beta = p.beta == nullptr ? 0.0f : p.beta[row] * p.grad[row];
     V* cond = velocity_target<V>(p.grad_velocity, offset, s.out[0]);
     V* uncond = guided ? velocity_target<V>(p.grad_velocity_uncond, offset, s.out[1]) : nullptr;
     if (alpha == 0.0f && beta == 0.0f) {

@@ -197,4 +197,21 @@ void shape_rewards_cpu(const ShapeRewardsParams& p) {
   gate_samples(p, plan.valid);
 }
 
+void shape_rewards_cpu(const BasicShapeRewardsParams<float>& p) {
+  const int64_t n = p.num_samples;
+  const std::vector<double> proxy(p.proxy, p.proxy + n), aux(p.aux, p.aux + p.num_aux * n);
+  std::vector<double> distance, advantage(n), uncertainty(n);
+  if (p.distance != nullptr) distance.assign(p.distance, p.distance + n);
+  double threshold, mean_uncertainty;
+  shape_rewards_cpu(ShapeRewardsParams{
+      proxy.data(), aux.data(), p.groups, p.distance == nullptr ? nullptr : distance.data(), n,
+      p.num_aux, p.fraction, p.advantage_norm, p.gate_mode, p.scope, p.num_threads,
+      advantage.data(), uncertainty.data(), p.gate, &threshold, &mean_uncertainty});
+  const auto round = [](double value) { return static_cast<float>(value); };
+  std::transform(advantage.begin(), advantage.end(), p.advantage, round);
+  std::transform(uncertainty.begin(), uncertainty.end(), p.uncertainty, round);
+  *p.threshold = round(threshold);
+  *p.mean_uncertainty = round(mean_uncertainty);
+}
+
 }  // namespace gardo

@@ -43,7 +43,7 @@ struct SdeLogProbParams {
 void sde_log_prob_cpu(const SdeLogProbParams& params);
 
 // d/dv of a function of log-probabilities and of a KL is affine in the same tensors:
-// grad = alpha * (prev - a*x - b*v) + beta * (v - v_ref), row by row.
+// alpha * (prev - a*x - b*v) + beta * (v - v_ref), row by row, with the weights times `grad`.
 struct AffineBackwardParams {
   Extent extent;
   Velocity velocity;
@@ -53,6 +53,7 @@ struct AffineBackwardParams {
   SdeCoefficients coef;
   const float* alpha;  // [B]
   const float* beta;   // [B], or null without ref_velocity
+  RowScalar grad;      // of what is minimised, by the function
 
   Latents grad_velocity;         // out [B, row_size]
   Latents grad_velocity_uncond;  // out [B, row_size]; with guidance only

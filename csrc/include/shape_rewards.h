@@ -11,12 +11,13 @@ enum class AdvantageNorm : int { kNone = 0, kGroupStd = 1, kGlobalStd = 2 };
 enum class GateMode : int { kPaper = 0, kOfficial = 1, kAll = 2, kOff = 3 };
 enum class RankScope : int { kBatch = 0, kGroup = 1 };
 
-// All pointers are contiguous. N samples, K auxiliary rewards.
-struct ShapeRewardsParams {
-  const double* proxy;         // [N]; a sample with a non-finite value anywhere takes no part
-  const double* aux;           // [K, N]
+// All pointers are contiguous. N samples, K auxiliary rewards; T is double or float.
+template <typename T>
+struct BasicShapeRewardsParams {
+  const T* proxy;              // [N]; a sample with a non-finite value anywhere takes no part
+  const T* aux;                // [K, N]
   const std::int64_t* groups;  // [N], any values in any order
-  const double* distance;      // [N] or null: no diversity factor
+  const T* distance;           // [N] or null: no diversity factor
   std::int64_t num_samples;    // N
   std::int64_t num_aux;        // K
   double fraction;             // share of the non-negative uncertainties to gate, in [0, 1]
@@ -25,15 +26,18 @@ struct ShapeRewardsParams {
   RankScope scope;
   int num_threads;
 
-  double* advantage;         // out [N]
-  double* uncertainty;       // out [N]
-  std::uint8_t* gate;        // out [N]: 0 or 1
-  double* threshold;         // out [1]
-  double* mean_uncertainty;  // out [1]: mean of the non-negative uncertainties
+  T* advantage;         // out [N]
+  T* uncertainty;       // out [N]
+  std::uint8_t* gate;   // out [N]: 0 or 1
+  T* threshold;         // out [1]
+  T* mean_uncertainty;  // out [1]: mean of the non-negative uncertainties
 };
+using ShapeRewardsParams = BasicShapeRewardsParams<double>;
 
 // Throws std::bad_alloc when there is no memory for its O(N * (K + 4)) of workspace.
 void shape_rewards_cpu(const ShapeRewardsParams& params);
+// The same, computed in double and rounded.
+void shape_rewards_cpu(const BasicShapeRewardsParams<float>& params);
 
 // On a GPU: all pointers are device memory, work is enqueued on `stream` (a cudaStream_t) of the
 // current device, nothing waits for the host, and the calls can be captured in a CUDA graph.

@@ -95,7 +95,7 @@ void run(int64_t rows, int64_t row_size, DType dtype, bool guided, bool seeded) 
 
   Tensor grad(size, dtype), grad_uncond(size, dtype);
   gardo::affine_backward_cpu({extent, velocity, x.in(), prev.in(), ref.in(), coef, alpha.data(),
-                              beta.data(), grad.out(),
+                              beta.data(), scalar, grad.out(),
                               guided ? grad_uncond.out() : Latents{nullptr, dtype}});
 
   const gardo::NftTensors nft{extent, v.in(), u.in(), x.in(), z.in(), ref.in(), scalar, 0.7};
@@ -119,7 +119,7 @@ void test_by_hand() {
   gardo::sde_step_cpu(
       {{1, 1, 1}, {in(v), in(u), 3.0f}, in(x), coef, in(z), nullptr, &prev, &mean, &log_prob});
   expect(near(mean, 11), "sde_step: guidance by hand");
-  const float alpha = 3;
+  const float alpha = 1.5f, upstream = 2;
   float grad = 0, grad_uncond = 0;
   gardo::affine_backward_cpu({{1, 1, 1},
                               {in(v), in(u), 3.0f},
@@ -129,6 +129,7 @@ void test_by_hand() {
                               coef,
                               &alpha,
                               nullptr,
+                              {&upstream, 0},
                               {&grad, DType::kFloat32},
                               {&grad_uncond, DType::kFloat32}});
   expect(near(grad, 9, 1e-5) && near(grad_uncond, -6, 1e-5), "affine_backward: by hand");

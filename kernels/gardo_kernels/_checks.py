@@ -117,5 +117,7 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
 
 def compute_dtype(*values: Tensor | None) -> torch.dtype:
     """float64 when any input is float64 (oracle runs), float32 otherwise."""
-    wide = any(v is not None and v.dtype == torch.float64 for v in values)
-    return torch.float64 if wide else torch.float32
+    for value in values:
+        if value is not None and value.dtype == torch.float64:
+            return torch.float64
+    return torch.float32

@@ -13,6 +13,7 @@ core. Results do not depend on the number of threads, nor on the other rows of t
 
 from gardo_kernels._native_core import (
     LATENT_DTYPES,
+    as_float32,
     cuda_unavailable_reason,
     has_cuda,
     has_openmp,
@@ -45,6 +46,7 @@ __all__ = [
     "NativeShapedRewards",
     "NativeStep",
     "affine_backward",
+    "as_float32",
     "cuda_unavailable_reason",
     "grpo_loss",
     "has_cuda",

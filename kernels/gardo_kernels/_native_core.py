@@ -114,7 +114,7 @@ def row_scalar(name: str, tensor: Tensor, rows: int) -> tuple[int, int]:
     """Address and stride of a float32 scalar, one for all rows or one per row."""
     if tensor.dtype != torch.float32:
         raise TypeError(f"{name}: expected dtype torch.float32, got {tensor.dtype}")
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"{name}: expected a CPU tensor, got device {tensor.device}")
     if tensor.dim() == 0:
         return tensor.data_ptr(), 0
@@ -142,6 +142,16 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> int:
     return choices.index(value)
 
 
+# New tensors from these cost half of what torch.empty takes to read a dtype and a device.
+_FLOAT32 = torch.empty(1, dtype=torch.float32, device=_CPU)
+_FLOAT32_SCALAR = torch.empty((), dtype=torch.float32, device=_CPU)
+
+
+def as_float32(tensor: Tensor) -> Tensor:
+    """A contiguous float32 tensor: the tensor itself where it is one."""
+    return (tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32)).contiguous()
+
+
 def float32(*shape: int) -> Tensor:
     """An uninitialised float32 CPU tensor for results."""
-    return torch.empty(shape, dtype=torch.float32, device=_CPU)
+    return _FLOAT32.new_empty(*shape) if shape else torch.empty_like(_FLOAT32_SCALAR)

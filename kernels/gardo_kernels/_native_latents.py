@@ -19,6 +19,7 @@ from gardo_kernels._native_core import (
 )
 
 KL_REDUCTIONS = ("gated", "batch")
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
 def _policy(
@@ -71,14 +72,15 @@ def sde_step(
     ``u + guidance_scale * (v - u)``. ``want_mean=False`` saves writing the mean.
     """
     core = require_core()
-    rows = extent(velocity)["rows"]
+    policy = _policy(velocity, velocity_uncond, guidance_scale)
+    rows = policy["rows"]
     if noise is not None and seed is not None:
         raise ValueError("seed: expected None when noise is given, got both")
     prev_sample = _host_memory.empty(velocity.shape, torch.float32)
     mean = _host_memory.empty(velocity.shape, torch.float32) if want_mean else None
     log_prob = float32(rows)
     core.sde_step(
-        **_policy(velocity, velocity_uncond, guidance_scale),
+        **policy,
         **_row_scalars(rows, a=a, b=b, c=c, scale=scale, offset=offset),
         sample=latents("sample", sample, velocity),
         noise=latents("noise", noise, velocity),
@@ -106,10 +108,11 @@ def sde_log_prob(
     Backward: :func:`affine_backward` with ``alpha = grad * 2 * scale * b / row_size``.
     """
     core = require_core()
-    log_prob = float32(extent(velocity)["rows"])
+    policy = _policy(velocity, velocity_uncond, guidance_scale)
+    log_prob = float32(policy["rows"])
     core.sde_log_prob(
-        **_policy(velocity, velocity_uncond, guidance_scale),
-        **_row_scalars(velocity.shape[0], a=a, b=b, scale=scale, offset=offset),
+        **policy,
+        **_row_scalars(policy["rows"], a=a, b=b, scale=scale, offset=offset),
         sample=latents("sample", sample, velocity),
         prev_sample=latents("prev_sample", prev_sample, velocity),
         log_prob=log_prob.data_ptr(),
@@ -128,32 +131,35 @@ def affine_backward(
     ref_velocity: Tensor | None = None,
     velocity_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
+    grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``alpha*(prev - a*x - b*v) + beta*(v - v_ref)`` per row, by the chain rule of the guidance.
 
-    ``alpha`` and ``beta`` are ``[B]`` float32; rows with ``beta`` 0 do not read ``ref_velocity``.
-    Returns the gradients of ``velocity`` and ``velocity_uncond`` (None without), in their dtypes.
+    ``alpha`` and ``beta`` are ``[B]`` float32, both times ``grad`` (float32, 0-d or ``[B]``; None
+    for 1). A term whose weight is 0 in a row is left out there, whatever its tensors hold. Returns
+    the gradients of ``velocity`` and ``velocity_uncond`` (None without), in their dtypes.
     """
     core = require_core()
-    rows = extent(velocity)["rows"]
+    policy = _policy(velocity, velocity_uncond, guidance_scale)
+    rows = policy["rows"]
     if beta is not None and ref_velocity is None:
         raise ValueError("ref_velocity: expected a tensor when beta is given, got None")
-    grad = _host_memory.empty(velocity.shape, velocity.dtype)
-    grad_uncond = None
+    by_velocity = _host_memory.empty(velocity.shape, velocity.dtype)
+    by_uncond = None
     if velocity_uncond is not None:
-        grad_uncond = _host_memory.empty(velocity_uncond.shape, velocity_uncond.dtype)
+        by_uncond = _host_memory.empty(velocity_uncond.shape, velocity_uncond.dtype)
     core.affine_backward(
-        **_policy(velocity, velocity_uncond, guidance_scale),
-        **_row_scalars(rows, a=a, b=b),
+        **policy,
+        **_row_scalars(rows, a=a, b=b, grad=_ONE if grad is None else grad),
         sample=latents("sample", sample, velocity),
         prev_sample=latents("prev_sample", prev_sample, velocity),
         ref_velocity=latents("ref_velocity", ref_velocity, velocity),
         alpha=array("alpha", alpha, torch.float32, (rows,)),
         beta=array("beta", beta, torch.float32, (rows,)),
-        grad_velocity=latents("grad_velocity", grad, velocity),
-        grad_velocity_uncond=latents("grad_velocity_uncond", grad_uncond, velocity),
+        grad_velocity=latents("grad_velocity", by_velocity, velocity),
+        grad_velocity_uncond=latents("grad_velocity_uncond", by_uncond, velocity),
     )
-    return grad, grad_uncond
+    return by_velocity, by_uncond
 
 
 class NativeGRPOLoss(NamedTuple):
@@ -196,11 +202,12 @@ def grpo_loss(
     gradient of the loss.
     """
     core = require_core()
-    rows = extent(velocity)["rows"]
+    policy = _policy(velocity, velocity_uncond, guidance_scale)
+    rows = policy["rows"]
     result = NativeGRPOLoss(float32(), float32(3), *(float32(rows) for _ in range(4)))
     policy_loss, kl, clip_fraction = _addresses(result.stats)
     core.grpo_loss(
-        **_policy(velocity, velocity_uncond, guidance_scale),
+        **policy,
         **_row_scalars(rows, a=a, b=b, scale=scale, offset=offset, kl_weight=kl_weight),
         sample=latents("sample", sample, velocity),
         prev_sample=latents("prev_sample", prev_sample, velocity),

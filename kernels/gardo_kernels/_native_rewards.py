@@ -19,18 +19,19 @@ from gardo_kernels._native_core import (
 )
 
 ADVANTAGE_NORMS = ("none", "group_std", "global_std")
+_CPU = torch.device("cpu")
 GATE_MODES = ("paper", "official", "all", "off")
 SCOPES = ("batch", "group")
 
 
 class NativeShapedRewards(NamedTuple):
-    """What :func:`shape_rewards` returns; all on the CPU."""
+    """What :func:`shape_rewards` returns, on the device of the rewards and in their dtype."""
 
-    advantage: Tensor  # [N] float64
-    uncertainty: Tensor  # [N] float64
+    advantage: Tensor  # [N]
+    uncertainty: Tensor  # [N]
     gate: Tensor  # [N] bool
-    threshold: Tensor  # [] float64
-    mean_uncertainty: Tensor  # [] float64
+    threshold: Tensor  # []
+    mean_uncertainty: Tensor  # []
 
 
 def shape_rewards(
@@ -45,17 +46,19 @@ def shape_rewards(
 ) -> NativeShapedRewards:
     """Advantages, win-rate uncertainties and gate of N samples, on the device of ``proxy``.
 
-    ``proxy`` ``[N]``, ``aux`` ``[K, N]`` and ``distance`` ``[N]`` are float64, ``group_ids`` is
-    ``[N]`` int64. A sample with a value that is not finite takes no part: advantage 0, uncertainty
-    0, not gated, left out of every mean and ranking. The arguments mean what they mean to
-    :func:`gardo_kernels.shape_rewards`.
+    ``proxy`` ``[N]``, ``aux`` ``[K, N]`` and ``distance`` ``[N]`` are float64, or on the CPU all
+    float32 (computed in float64); ``group_ids`` is ``[N]`` int64. A sample with a value that is not
+    finite takes no part: advantage 0, uncertainty 0, not gated, left out of every mean and ranking.
+    The arguments mean what they mean to :func:`gardo_kernels.shape_rewards`.
 
     On a GPU (``RuntimeError`` where the core was built without CUDA) the work is enqueued on the
     current stream and can be captured in a CUDA graph: one kernel up to 4096 samples and 16
     auxiliaries, sorting above. There ``fraction`` may be a 0-d float64 tensor on the device.
     """
     core = require_core()
-    device = proxy.device
+    device, dtype = proxy.device, torch.float64
+    if device == _CPU and proxy.dtype == torch.float32:
+        dtype = torch.float32
     if proxy.dim() != 1:
         raise ValueError(f"proxy: expected shape [N], got {list(proxy.shape)}")
     if aux.dim() != 2:
@@ -68,17 +71,17 @@ def shape_rewards(
         raise ValueError(f"fraction: expected a number in [0, 1], got {fraction}")
     samples, num_aux = proxy.shape[0], aux.shape[0]
     result = NativeShapedRewards(
-        torch.empty(samples, dtype=torch.float64, device=device),
-        torch.empty(samples, dtype=torch.float64, device=device),
-        torch.empty(samples, dtype=torch.bool, device=device),
-        torch.empty((), dtype=torch.float64, device=device),
-        torch.empty((), dtype=torch.float64, device=device),
+        torch.empty_like(proxy),
+        torch.empty_like(proxy),
+        torch.empty_like(group_ids, dtype=torch.bool),
+        proxy.new_empty(()),
+        proxy.new_empty(()),
     )
     arguments: dict[str, Any] = {
-        "proxy": array("proxy", proxy, torch.float64, (samples,), device),
-        "aux": array("aux", aux, torch.float64, (num_aux, samples), device),
+        "proxy": array("proxy", proxy, dtype, (samples,), device),
+        "aux": array("aux", aux, dtype, (num_aux, samples), device),
         "group_ids": array("group_ids", group_ids, torch.int64, (samples,), device),
-        "distance": array("distance", distance, torch.float64, (samples,), device),
+        "distance": array("distance", distance, dtype, (samples,), device),
         "num_samples": samples,
         "num_aux": num_aux,
         "fraction": 0.0 if isinstance(fraction, Tensor) else fraction,
@@ -88,7 +91,9 @@ def shape_rewards(
         "num_threads": torch.get_num_threads(),
         **{name: value.data_ptr() for name, value in result._asdict().items()},
     }
-    if device.type == "cpu":
+    if dtype == torch.float32:
+        core.shape_rewards_float32(**arguments)
+    elif device == _CPU:
         core.shape_rewards(**arguments)
     else:
         _shape_rewards_cuda(core, arguments, fraction, device)

@@ -337,6 +337,45 @@ def test_float32_is_rounded_to_half_as_torch_does() -> None:
         assert same.all(), (wide[~same][:5], grad[~same][:5], want[~same][:5])
 
 
+def test_bfloat16_is_read_alike_in_the_loops_and_converted() -> None:
+    # All velocities bfloat16: converted within the loops. One of them float32: block by block.
+    shape = (3, 2051)
+    v, u, ref = (latents(shape, seed, torch.bfloat16) for seed in (1, 2, 3))
+    x, prev = latents(shape, 4), latents(shape, 5)
+    one, rows = torch.ones(()), torch.ones(3)
+
+    def results(ref: Tensor, u: Tensor) -> list[Tensor]:
+        policy = {"velocity_uncond": u, "guidance_scale": 4.5}
+        weights = {"alpha": rows, "beta": 0.1 * rows, "ref_velocity": ref}
+        step = {"a": one, "b": -0.1 * one, "scale": one, "offset": one}
+        loss = _native.grpo_loss(
+            v, x, prev, rows, rows, **step, kl_weight=one, clip_low=0.9, clip_high=1.1,
+            ref_velocity=ref, kl_coef=0.1, **policy,
+        )  # fmt: skip
+        nft = (v, u, x, prev, 0.5 * one)
+        return [
+            *loss,
+            *_native.sde_step(v, x, c=one, seed=torch.tensor([1]), **step, **policy),
+            *_native.affine_backward(v, x, prev, one, -0.1 * one, **weights, **policy),
+            *_native.nft_loss(*nft, rows, ref_velocity=ref, kl_coef=0.1),
+            _native.nft_backward(*nft, 1.0, rows, -rows, 0.1 * rows, ref),
+        ]
+
+    expected = results(ref, u)
+    for got in (results(ref.float(), u), results(ref, u.float())):
+        for value, want in zip(got, expected, strict=True):
+            assert torch.equal(value.to(want.dtype), want)
+
+
+def test_the_incoming_gradient_multiplies_the_weights() -> None:
+    v, x, prev = (latents((3, 100), seed) for seed in (1, 2, 3))
+    a, alpha, beta = torch.ones(()), torch.tensor([0.5, 1.0, 0.0]), torch.tensor([0.1, 0.0, 0.2])
+    for grad in (torch.tensor(0.3), torch.tensor([0.3, -2.0, 7.0]), torch.tensor(0.3).expand(3)):
+        got, _ = _native.affine_backward(v, x, prev, a, a, alpha, beta, x, grad=grad)
+        want, _ = _native.affine_backward(v, x, prev, a, a, alpha * grad, beta * grad, x)
+        assert torch.equal(got, want)
+
+
 def test_wrong_inputs_are_refused() -> None:
     v = latents((2, 6), 1)
     coef = coefficients(2)

@@ -80,6 +80,22 @@ def test_degenerate_sizes(samples: int, num_aux: int, gate: str, scope: str) -> 
     assert_equals_reference(proxy, aux, ids, distance, 0.1, "group_std", gate, scope)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("samples", "num_aux"), [(0, 2), (1, 0), (31, 0), (257, 3), (3000, 2)])
+def test_float32_is_computed_in_float64(samples: int, num_aux: int, gate: str, scope: str) -> None:
+    proxy, aux, ids, distance = case(samples, num_aux, 5, seed=4, missing=0.1)
+    proxy, aux, distance = proxy.float(), aux.float(), distance.float()
+    for factor in (None, distance):
+        wide = None if factor is None else factor.double()
+        options = (0.2, "group_std", gate, scope)
+        got = _native.shape_rewards(proxy, aux, ids, factor, *options)
+        want = _native.shape_rewards(proxy.double(), aux.double(), ids, wide, *options)
+        for value, expected, name in zip(got, want, got._fields, strict=True):
+            assert value.dtype == (torch.bool if name == "gate" else torch.float32)
+            assert torch.equal(value, expected.to(value.dtype)), name
+
+
 def test_all_missing_is_all_zero() -> None:
     proxy = torch.full((6,), torch.nan, dtype=torch.float64)
     ids = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -137,7 +153,9 @@ def test_concurrent_calls_agree() -> None:
 
 def test_wrong_inputs_are_refused() -> None:
     proxy, aux, ids, distance = case(8, 2, 2, seed=0)
-    with pytest.raises(TypeError, match="proxy: expected dtype torch.float64, got torch.float32"):
+    with pytest.raises(TypeError, match="proxy: expected dtype torch.float64, got torch.bfloat16"):
+        _native.shape_rewards(proxy.bfloat16(), aux, ids)
+    with pytest.raises(TypeError, match="aux: expected dtype torch.float32, got torch.float64"):
         _native.shape_rewards(proxy.float(), aux, ids)
     with pytest.raises(ValueError, match=r"aux: expected shape \[2, 8\], got \[2, 7\]"):
         _native.shape_rewards(proxy, aux[:, :7].contiguous(), ids)

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gardo_kernels._operators import below_autograd, differentiable_operator, keep, kernels
+from gardo_kernels._operators import (
+    below_autograd,
+    differentiable_operator,
+    keep,
+    kernels,
+    without_grad,
+)
 from gardo_kernels.ops.sde.coefficients import SDECoefficients
 from gardo_kernels.ops.sde.fused import velocity_grad
 
@@ -69,7 +75,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         velocity, sample, prev, _, _, a, b, *_, ref, _, _, uncond, scale, backend = args
-        loss, *rest = below_autograd(_grpo_loss, *args)
+        loss, *rest = below_autograd(_op, *args)
         *_, alpha, beta = rest
         keep(ctx, velocity, sample, prev, a, b, alpha, beta, ref, uncond)
         ctx.guidance_scale, ctx.backend = scale, backend
@@ -87,7 +93,7 @@ class _Loss(torch.autograd.Function):
         return by_velocity, *(None,) * 16, None if uncond is None else by_uncond, None, None
 
 
-_grpo_loss = differentiable_operator("grpo_loss", _kernel, _fake, _Loss)
+_op, _grpo_loss = differentiable_operator("grpo_loss", _kernel, _fake, _Loss)
 
 
 def grpo_loss(
@@ -110,10 +116,10 @@ def grpo_loss(
     """``loss, policy_loss, kl, log_prob, ratio, clip_fraction`` by the kernels of ``backend``."""
     loss, stats, log_prob, ratio, _, _ = _grpo_loss(
         velocity,
-        sample.detach(),
-        prev_sample.detach(),
-        old_log_prob.detach(),
-        advantage.detach(),
+        without_grad(sample),
+        without_grad(prev_sample),
+        without_grad(old_log_prob),
+        without_grad(advantage),
         coef.a,
         coef.b,
         coef.scale,
@@ -122,7 +128,7 @@ def grpo_loss(
         *clip_range,
         adv_clip,
         gate,
-        None if ref_velocity is None else ref_velocity.detach(),
+        None if ref_velocity is None else without_grad(ref_velocity),
         kl_coef,
         kl_reduction,
         velocity_uncond,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gardo_kernels import _native
@@ -34,8 +33,8 @@ def grpo_loss(
         velocity.contiguous(),
         sample.contiguous(),
         prev_sample.contiguous(),
-        old_log_prob.to(torch.float32).contiguous(),
-        advantage.to(torch.float32).contiguous(),
+        _native.as_float32(old_log_prob),
+        _native.as_float32(advantage),
         a,
         b,
         scale,

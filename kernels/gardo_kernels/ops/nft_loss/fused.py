@@ -13,6 +13,7 @@ from gardo_kernels._operators import (
     keep,
     kernels,
     operator,
+    without_grad,
 )
 
 
@@ -80,7 +81,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         velocity, old_velocity, x0, xt, t, _, beta, _, _, ref, _, backend = args
-        loss, stats, weights = below_autograd(_nft_loss, *args)
+        loss, stats, weights = below_autograd(_op, *args)
         keep(ctx, velocity, old_velocity, x0, xt, t, weights, ref)
         ctx.beta, ctx.backend = beta, backend
         ctx.mark_non_differentiable(stats, weights)
@@ -95,7 +96,7 @@ class _Loss(torch.autograd.Function):
         return by_velocity, *(None,) * 11
 
 
-_nft_loss = differentiable_operator("nft_loss", _kernel, _fake, _Loss)
+_op, _nft_loss = differentiable_operator("nft_loss", _kernel, _fake, _Loss)
 
 
 def nft_loss(
@@ -118,17 +119,17 @@ def nft_loss(
         gate = gate | ~gate.any()
     loss, stats, _ = _nft_loss(
         velocity,
-        old_velocity.detach(),
-        x0.detach(),
-        xt.detach(),
-        t.detach(),
-        advantage.detach(),
+        without_grad(old_velocity),
+        without_grad(x0),
+        without_grad(xt),
+        without_grad(t),
+        without_grad(advantage),
         beta,
         adv_clip,
         gate,
-        None if ref_velocity is None else ref_velocity.detach(),
+        None if ref_velocity is None else without_grad(ref_velocity),
         kl_coef,
         backend,
     )
-    policy_loss, kl = stats.detach().unbind()
+    policy_loss, kl = without_grad(stats).unbind()
     return loss, policy_loss, kl

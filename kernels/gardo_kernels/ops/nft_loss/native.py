@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gardo_kernels import _native
@@ -27,8 +26,8 @@ def nft_loss(
         old_velocity.contiguous(),
         x0.contiguous(),
         xt.contiguous(),
-        t.to(torch.float32),
-        advantage.to(torch.float32).contiguous(),
+        _native.as_float32(t),
+        _native.as_float32(advantage),
         beta,
         adv_clip,
         None if gate is None else gate.contiguous(),
@@ -55,7 +54,7 @@ def nft_grad(
         old_velocity.contiguous(),
         x0.contiguous(),
         xt.contiguous(),
-        t.to(torch.float32),
+        _native.as_float32(t),
         beta,
         positive,
         negative,

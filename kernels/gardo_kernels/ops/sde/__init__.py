@@ -146,7 +146,7 @@ def check_velocities(
     _checks.latents("sample", sample, like=velocity)
     if not isinstance(coef, SDECoefficients):
         raise TypeError(f"coef: expected SDECoefficients, got {type(coef).__name__}")
-    if coef.shape not in (torch.Size([]), torch.Size([velocity.shape[0]])):
+    if coef.shape and coef.shape != velocity.shape[:1]:
         raise ValueError(
             f"coef: expected fields of shape [] or [{velocity.shape[0]}], got {list(coef.shape)}"
         )

@@ -17,6 +17,7 @@ from gardo_kernels._operators import (
     keep,
     kernels,
     operator,
+    without_grad,
 )
 from gardo_kernels.ops.sde.coefficients import SDECoefficients
 
@@ -132,7 +133,7 @@ class _LogProb(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> Tensor:
         velocity, sample, prev, a, b, scale, _, uncond, ctx.guidance_scale, ctx.backend = args
         keep(ctx, velocity, sample, prev, a, b, scale, uncond)
-        return below_autograd(_sde_log_prob, *args)
+        return below_autograd(_op, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -147,7 +148,9 @@ class _LogProb(torch.autograd.Function):
         return by_velocity, *(None,) * 6, None if uncond is None else by_uncond, None, None
 
 
-_sde_log_prob = differentiable_operator("sde_log_prob", _log_prob_kernel, _log_prob_fake, _LogProb)
+_op, _sde_log_prob = differentiable_operator(
+    "sde_log_prob", _log_prob_kernel, _log_prob_fake, _LogProb
+)
 
 
 def sde_step(
@@ -162,16 +165,16 @@ def sde_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``prev_sample, log_prob, mean`` by the kernels of ``backend``."""
     return _sde_step(
-        velocity.detach(),
-        sample.detach(),
+        without_grad(velocity),
+        without_grad(sample),
         coef.a,
         coef.b,
         coef.c,
         coef.scale,
         coef.offset,
-        None if noise is None else noise.detach(),
+        None if noise is None else without_grad(noise),
         seed,
-        None if velocity_uncond is None else velocity_uncond.detach(),
+        None if velocity_uncond is None else without_grad(velocity_uncond),
         guidance_scale,
         backend,
     )
@@ -189,8 +192,8 @@ def sde_log_prob(
     """``log_prob [B]`` by the kernels of ``backend``, differentiable in the velocities."""
     return _sde_log_prob(
         velocity,
-        sample.detach(),
-        prev_sample.detach(),
+        without_grad(sample),
+        without_grad(prev_sample),
         coef.a,
         coef.b,
         coef.scale,

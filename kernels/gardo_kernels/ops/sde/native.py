@@ -88,9 +88,10 @@ def velocity_grad(
         prev_sample.contiguous(),
         a,
         b,
-        alpha * grad,
-        None if beta is None else beta * grad,
+        alpha,
+        beta,
         _dense(ref_velocity),
         _dense(velocity_uncond),
         guidance_scale,
+        grad,
     )

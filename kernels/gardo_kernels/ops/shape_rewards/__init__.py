@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gardo_kernels import _backends, _checks, _native
-from gardo_kernels._operators import operator
+from gardo_kernels._operators import operator, without_grad
 from gardo_kernels.ops.shape_rewards import reference
 
 __all__ = ["ShapedRewards", "shape_rewards"]
@@ -123,17 +123,31 @@ def shape_rewards(
     _checks.choice("scope", scope, SCOPES)
     chosen = _backends.select("shape_rewards", backend, proxy.device, proxy.dtype, BACKENDS)
 
-    proxy64, aux64 = proxy.detach().to(torch.float64), aux.detach().to(torch.float64)
-    distance64 = None if distance is None else distance.detach().to(torch.float64)
-    number, tensor = (0.0, fraction) if isinstance(fraction, Tensor) else (fraction, None)
-    advantage, uncertainty, mask, threshold, mean = _shape_rewards(
-        proxy64, aux64, group_ids, distance64, number, tensor, advantage_norm, gate, scope, chosen
+    given = (proxy, aux) if distance is None else (proxy, aux, distance)
+    # The native kernel of the CPU reads and writes float32 itself.
+    itself = chosen == "native" and proxy.is_cpu and all(v.dtype == torch.float32 for v in given)
+    proxy_in, aux_in, *distance_in = (
+        without_grad(value if itself else value.to(torch.float64)) for value in given
     )
-    dtype = _checks.compute_dtype(proxy)
-    if dtype == torch.float64:
-        return ShapedRewards(advantage, uncertainty, mask, threshold, mean)
+    number, tensor = (0.0, fraction) if isinstance(fraction, Tensor) else (fraction, None)
+    shaped = ShapedRewards(
+        *_shape_rewards(
+            proxy_in,
+            aux_in,
+            group_ids,
+            distance_in[0] if distance_in else None,
+            number,
+            tensor,
+            advantage_norm,
+            gate,
+            scope,
+            chosen,
+        )
+    )
+    if itself or proxy.dtype == torch.float64:
+        return shaped
     return ShapedRewards(
-        advantage.to(dtype), uncertainty.to(dtype), mask, threshold.to(dtype), mean.to(dtype)
+        *(value if value.dtype == torch.bool else value.to(torch.float32) for value in shaped)
     )
 
 
