@@ -37,6 +37,14 @@ def sde_step(
     return prev, log_prob(prev, mean, noise_scale), mean
 
 
+def sde_log_prob(
+    v: Tensor, u: Tensor | None, x: Tensor, prev: Tensor, guidance: float, s: Tensor, s_next: Tensor
+) -> Tensor:
+    """Log-probability of a stored step under the policy in training."""
+    mean, noise_scale = transition(guided(v, u, guidance), x.float(), s, s_next)
+    return log_prob(prev.float(), mean, noise_scale)
+
+
 def transition(velocity: Tensor, x: Tensor, s: Tensor, s_next: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the step, eta = 0.7."""
     dt = s_next - s
@@ -98,6 +106,12 @@ def nft_loss(
         losses.append(((prediction - x0) ** 2 / weight).mean(axes))
     policy = ((share * losses[0] + (1 - share) * losses[1]) * 5).mean()
     return (policy + 0.04 * ((v.float() - ref.float()) ** 2).mean(axes).mean()).float()
+
+
+def win_rate(rewards: Tensor) -> Tensor:
+    """Share of the others that each sample beats, by comparing all pairs; a tie counts one half."""
+    wins = [(r[:, None] > r).float() + 0.5 * (r[:, None] == r) for r in rewards]
+    return torch.stack([(w.sum(1) - 0.5) / (len(w) - 1) for w in wins])
 
 
 def shaping(

@@ -107,6 +107,31 @@ def test_sde_step(measure, problems, size, how):
 
 
 @pytest.mark.parametrize(("size", "how"), VARIANTS)
+def test_sde_log_prob_forward_backward(measure, problems, size, how):
+    p = problems(size)
+    velocities = [x.clone().requires_grad_() for x in (p.v, p.u) if x is not None]
+
+    def ours(v, u=None):
+        guidance = p.guidance | {"velocity_uncond": u}
+        return gk.sde_log_prob(v, p.x, p.prev, p.coef, **guidance)
+
+    def theirs(v, u=None):
+        return eager.sde_log_prob(v, u, p.x, p.prev, GUIDANCE, p.column, p.column_next)
+
+    log_prob = ours if how == "ours" else form(how, theirs)
+
+    def run():
+        value = log_prob(*velocities)
+        return value, *torch.autograd.grad(value, velocities, p.advantage)
+
+    value = theirs(*velocities)
+    expected = (value, *torch.autograd.grad(value, velocities, p.advantage))
+    assert_close(run(), expected, p.v.dtype)
+    own = len(velocities) * p.velocity_bytes
+    measure(run, f"sde_log_prob fwd+bwd, {size}", how, 3 * own + 4 * p.latent_bytes)
+
+
+@pytest.mark.parametrize(("size", "how"), VARIANTS)
 def test_grpo_loss_forward_backward(measure, problems, size, how):
     p = problems(size)
     velocities = [x.clone().requires_grad_() for x in (p.v, p.u) if x is not None]
@@ -138,8 +163,6 @@ def test_grpo_loss_forward_backward(measure, problems, size, how):
 
 @pytest.mark.parametrize(("size", "how"), VARIANTS)
 def test_nft_loss_forward_backward(measure, problems, size, how):
-    if how == "compiled" and DEVICE == "cpu":
-        pytest.skip("no target is set for it on the CPU")
     p = problems(size)
     v = p.v.clone().requires_grad_()
 

@@ -61,6 +61,17 @@ def test_shape_rewards_alone(measure, device, samples):
     )
 
 
+@pytest.mark.parametrize("samples", [1152, 9216])
+@pytest.mark.parametrize("how", ["eager", "ours"])
+def test_win_rate(measure, device, samples, how):
+    _, (_, rewards, _) = epoch(samples, device)
+    torch.testing.assert_close(
+        gk.win_rate(rewards).float(), eager.win_rate(rewards), rtol=0, atol=1e-6
+    )
+    run = {"eager": eager.win_rate, "ours": gk.win_rate}[how]
+    measure(lambda: run(rewards), f"win_rate, N={samples}", how, 2 * rewards.numel() * 8)
+
+
 @pytest.mark.parametrize("group", [24, 256, 2304])
 @pytest.mark.parametrize("backend", ["native", "triton", "reference", "faiss"])
 def test_nearest_neighbor_crossover(measure, device, group, backend):
