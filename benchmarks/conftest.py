@@ -15,8 +15,8 @@ import gardo_kernels as gk
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _COPY_BYTES = 256 << 20
 # Rounds of a benchmark: half a second of them, which outlasts what else the machine has to do, but
-# no fewer and no more than these.
-SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.5, 5, 2000
+# no fewer and no more than these (of calls that take a second, no fewer than three).
+SECONDS, MIN_ROUNDS, MIN_LONG_ROUNDS, MAX_ROUNDS = 0.5, 5, 3, 2000
 
 
 def synchronize() -> None:
@@ -64,7 +64,8 @@ def measure(benchmark: Any, copy_bandwidth: float) -> Callable[..., None]:
         benchmark.group = group
         peak = peak_bytes(synchronized)
         once = duration(synchronized)
-        rounds = min(max(MIN_ROUNDS, int(SECONDS / once)), MAX_ROUNDS)
+        least = MIN_ROUNDS if once < 1.0 else MIN_LONG_ROUNDS
+        rounds = min(max(least, int(SECONDS / once)), MAX_ROUNDS)
         # The calls above have warmed up what a slow form needs.
         warmup_rounds = 3 if once < SECONDS else 0
         benchmark.pedantic(synchronized, rounds=rounds, iterations=1, warmup_rounds=warmup_rounds)
