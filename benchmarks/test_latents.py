@@ -20,15 +20,8 @@ SIZES = {
 }
 if DEVICE == "cuda":
     SIZES["256 MiB"] = (64, 16, 256, 256)
-# compiling takes the CPU about half a minute each
-COMPILED = [size for size in SIZES if DEVICE == "cuda" or "1024" in size]
 # The forms of a size one after the other: what else the machine does changes from minute to minute.
-VARIANTS = [
-    (size, how)
-    for size in SIZES
-    for how in ("eager", "compiled", "ours")
-    if how != "compiled" or size in COMPILED
-]
+VARIANTS = [(size, how) for size in SIZES for how in ("eager", "compiled", "ours")]
 GUIDANCE = 4.5  # classifier-free for SD3.5; FLUX.1-dev has it in its weights
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2}  # eager guidance rounds to the dtype
 

@@ -61,8 +61,8 @@ def test_shape_rewards_alone(measure, device, samples):
     )
 
 
-@pytest.mark.parametrize("samples", [1152, 9216])
-@pytest.mark.parametrize("how", ["eager", "ours"])
+# Comparing all pairs of 9216 takes the CPU seconds a call.
+@pytest.mark.parametrize(("samples", "how"), [(1152, "eager"), (1152, "ours"), (9216, "ours")])
 def test_win_rate(measure, device, samples, how):
     _, (_, rewards, _) = epoch(samples, device)
     torch.testing.assert_close(
