@@ -17,9 +17,9 @@ from benchmarks.sampling import baseline_batch, our_batch, time_in_turns, time_v
 from benchmarks.verify import verify
 from benchmarks.workload import Workload, build_workload, store_weights
 from gardo.config import Config
+from gardo.distributed.process import Runtime
 from gardo.models.architectures import Architecture
 from gardo.models.loading import configure
-from gardo.runtime.process import Runtime
 from gardo.types import UserError
 
 MIB = 2**20

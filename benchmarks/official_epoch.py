@@ -26,7 +26,7 @@ from gardo.algorithms.reference import trained_steps
 from gardo.models.adapters import POLICY, REFERENCE
 from gardo.models.embeddings import EMPTY
 from gardo.rewards.scoring import ScoreBook
-from gardo.runtime.rng import derive_seed
+from gardo.rng import derive_seed
 from gardo.sampling.plan import batches
 from gardo.types import PromptEmbeds, UserError
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gardo.models.architectures import Architecture
 from gardo.rewards.features import FeatureExtractor
-from gardo.runtime.rng import generator, normal_rows
+from gardo.rng import generator, normal_rows
 from gardo.types import PromptEmbeds
 
 Metadata = Sequence[Mapping[str, Any]]

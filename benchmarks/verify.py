@@ -18,7 +18,7 @@ from gardo.algorithms.shaping import ShapedEpoch, Shaper
 from gardo.algorithms.update import UpdateStats
 from gardo.models.adapters import POLICY
 from gardo.rewards.scoring import ScoreBook
-from gardo.runtime.rng import derive_seed
+from gardo.rng import derive_seed
 from gardo.sampling.plan import plan_epoch
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.sampling.trajectory import Guidance, Trajectory, sample_trajectory

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks import stand_ins
 from gardo.config import Config, load_config
 from gardo.data.prompts import PromptSampler, load_prompts
+from gardo.distributed.process import Runtime
 from gardo.models.adapters import POLICY, LoraAdapters
 from gardo.models.architectures import (
     Architecture,
@@ -25,8 +26,7 @@ from gardo.models.embeddings import EmbeddingTable
 from gardo.models.loading import DTYPES, FAMILIES, configure, load_model
 from gardo.models.pipeline import PipelineModel
 from gardo.rewards.scoring import RewardSet
-from gardo.runtime.process import Runtime
-from gardo.runtime.rng import derive_seed
+from gardo.rng import derive_seed
 from gardo.sampling.plan import EpochPlan, plan_epoch
 from gardo.sampling.rollout import Sampler
 from gardo.sampling.steps import StepTable, sde_window, step_table
@@ -239,7 +239,7 @@ def random_model(arch: Architecture, config: Config, device: torch.device) -> Pi
     ``tiny`` has them, because its own are built in a moment.
     """
     if arch.name == "tiny":
-        from gardo.tiny.models import build_sd3_pipeline
+        from tools.tiny.models import build_sd3_pipeline
 
         pipeline: Any = build_sd3_pipeline(config.seed)
         dtype = DTYPES[config.precision]

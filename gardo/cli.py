@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from gardo.argument_parser import ArgumentParser
 from gardo.config import Config, iter_keys, load_config, recipe_description, recipe_names, type_name
-from gardo.runtime.arguments import Parser
-from gardo.runtime.signals import STOPPED, Stopped, leave
+from gardo.distributed.signals import STOPPED, Stopped, leave
 from gardo.types import UserError
 
 if TYPE_CHECKING:  # not needed for --help
-    from gardo.runtime.resume import ResumePoint
+    from gardo.checkpointing.resume import ResumePoint
 
 DONE, FAILED, USER_ERROR = 0, 1, 2
 
@@ -47,7 +47,7 @@ def parse(
         UserError: unknown option, recipe or key, wrong value, nothing to resume where a path says
             so, or a run to resume that has other settings.
     """
-    parser = Parser(
+    parser = ArgumentParser(
         prog=program,
         description=description,
         allow_abbrev=False,
@@ -99,7 +99,7 @@ def parse(
 
 def _resume(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> Arguments:
     """Find the checkpoint and load the configuration to go on with."""
-    from gardo.runtime import resume
+    from gardo.checkpointing import resume
 
     given = dict(overrides)
     if given.get("overwrite", "false").lower() == "true":

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gardo import cli
+from gardo.argument_parser import ArgumentParser
 from gardo.evaluation.request import Request, parse_seeds, split_names
-from gardo.runtime.arguments import Parser
 from gardo.types import UserError
 
 DESCRIPTION = """\
@@ -78,7 +78,7 @@ def _request(argv: Sequence[str]) -> Request:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
+    parser = ArgumentParser(
         prog="python -m gardo.evaluate",
         description=DESCRIPTION,
         allow_abbrev=False,

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gardo import cli
+from gardo.argument_parser import ArgumentParser
 from gardo.config import Config, to_yaml
-from gardo.runtime.arguments import Parser
 from gardo.types import UserError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options() -> argparse.ArgumentParser:
-    parser = Parser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     parser.add_argument("--gpus", type=_positive_int, default=1, metavar="N", help="default: 1")
     parser.add_argument(
         "--memory", type=_positive, metavar="GB", help="of each GPU; default: the GPU's own"

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gardo.runtime.arguments import Parser
+from gardo.argument_parser import ArgumentParser
 from gardo.types import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: returns 0, or 2 after one line on standard error for a mistake of the user."""
-    parser = Parser(
+    parser = ArgumentParser(
         prog="python -m gardo.report",
         description="Write one self-contained HTML file about a run, or comparing several.",
     )
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write(runs: list[Path], out: Path | None) -> Path:
-    from gardo.runtime.report import write_report  # late: --help needs no plots
+    from gardo.run.report import write_report  # late: --help needs no plots
 
     out = out or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
     try:

@@ -10,7 +10,7 @@ from gardo import cli
 from gardo.config import Config, to_yaml
 
 if TYPE_CHECKING:
-    from gardo.runtime.resume import ResumePoint
+    from gardo.checkpointing.resume import ResumePoint
 
 DESCRIPTION = "Fine-tune a text-to-image model with GARDO."
 
@@ -42,17 +42,17 @@ def train(config: Config, resume: ResumePoint | None = None, restart: bool = Fal
         Stopped: a signal ended the run, which can be resumed.
     """
     # imported late: --help and configuration errors need no torch
-    from gardo.runtime.run_folder import RunFolder
-    from gardo.runtime.trackers import check_trackers
+    from gardo.run.folder import RunFolder
+    from gardo.run.trackers import check_trackers
 
     check_trackers(config.trackers)
     if resume is None:
         RunFolder.check(config, replace=restart)
     from safetensors import SafetensorError
 
-    from gardo.runtime.faults import explain
-    from gardo.runtime.process import Runtime
-    from gardo.runtime.report import write_report
+    from gardo.distributed.process import Runtime
+    from gardo.run.faults import explain
+    from gardo.run.report import write_report
     from gardo.trainer import Trainer
 
     runtime = Runtime(config.device, config.precision, config.threads)

@@ -17,28 +17,28 @@ from gardo.algorithms.nft import NFT
 from gardo.algorithms.parity import check_parity, ratio_deviation
 from gardo.algorithms.shaping import Shaper
 from gardo.algorithms.update import Algorithm, UpdateStats
+from gardo.checkpointing.checkpoint import TrainingState
+from gardo.checkpointing.policy import CheckpointPolicy
+from gardo.checkpointing.resume import ResumePoint, reopen
+from gardo.checkpointing.state_tensors import pack_optimizer, to_host, unpack_optimizer
 from gardo.config import Config
 from gardo.data.prompts import PromptSampler, load_prompts
+from gardo.distributed.process import Runtime
+from gardo.distributed.sharding import refuse_with_sharding
 from gardo.evaluation.heldout import HeldOutEvaluator
 from gardo.models.adapters import BEHAVIOUR, POLICY, REFERENCE, build_adapters
 from gardo.models.embeddings import EmbeddingTable, embedding_cache
 from gardo.models.loading import load_model
 from gardo.rewards.overlap import ScoringWorker
 from gardo.rewards.scoring import RewardSet, ScoreBook
-from gardo.runtime.checkpoint import TrainingState
-from gardo.runtime.health import Health
-from gardo.runtime.images import image_grid, save_grid
-from gardo.runtime.keeper import Keeper
-from gardo.runtime.metrics import EVALUATION, read_metrics
-from gardo.runtime.model_card import write_model_card
-from gardo.runtime.process import Runtime
-from gardo.runtime.progress import EpochProgress
-from gardo.runtime.resume import ResumePoint
-from gardo.runtime.rng import derive_seed, seed_everything
-from gardo.runtime.run_folder import RunFolder, peak_memory_bytes
-from gardo.runtime.sharding import refuse_with_sharding
-from gardo.runtime.state_tensors import pack_optimizer, to_host, unpack_optimizer
-from gardo.runtime.trackers import Trackers
+from gardo.rng import derive_seed, seed_everything
+from gardo.run.card import write_model_card
+from gardo.run.folder import RunFolder, peak_memory_bytes
+from gardo.run.health import Health
+from gardo.run.images import image_grid, save_grid
+from gardo.run.metrics import EVALUATION, read_metrics
+from gardo.run.progress import EpochProgress
+from gardo.run.trackers import Trackers
 from gardo.sampling.graph import GraphedTrajectories, use_graphs
 from gardo.sampling.plan import plan_epoch
 from gardo.sampling.rollout import Rollout, Sampler
@@ -131,7 +131,7 @@ class Trainer:
             Trackers(config, folder, start, self.progress.write) as self.trackers,
         ):
             self.health.attach(folder.path, self.progress.write)
-            self.keeper = Keeper(
+            self.checkpoints = CheckpointPolicy(
                 config,
                 self.runtime,
                 folder,
@@ -140,7 +140,7 @@ class Trainer:
                 self.state_tensors,
                 self.progress.write,
             )
-            with self.keeper.rescue():
+            with self.checkpoints.rescue():
                 self.finish_epoch(folder, start, {})
                 for epoch in range(start, config.epochs):
                     row = {"epoch": epoch, **self.run_epoch(epoch)}
@@ -154,7 +154,7 @@ class Trainer:
     def finish_epoch(self, folder: RunFolder, done: int, row: dict[str, Any]) -> None:
         """What happens between two epochs: evaluation and checkpoint, where they are due."""
         resumed = self.resumed and done == self.start_epoch
-        self.keeper.mark(done, row, saved=resumed)
+        self.checkpoints.mark(done, row, saved=resumed)
         self.runtime.stop_together()
         self.health.stop_if_alarmed()
         due = evaluation_due(self.config, done)
@@ -162,7 +162,7 @@ class Trainer:
             self.evaluate(folder, done, due)
         if done > self.start_epoch:
             with self.progress.stage("save"):
-                self.keeper.save_if_due()
+                self.checkpoints.save_if_due()
 
     def run_epoch(self, epoch: int) -> dict[str, Any]:
         """One rollout and its updates; returns the epoch's metrics."""
@@ -180,7 +180,7 @@ class Trainer:
         with stage("reference"):
             data = self.algorithm.prepare(rollout, shaped, self.schedule, config.seed, epoch)
         self.runtime.stop_together()
-        with stage("update"), self.keeper.updates():
+        with stage("update"), self.checkpoints.updates():
             if isinstance(self.algorithm, GRPO):
                 self.check_parity(rollout, data.steps)
             stats = UpdateStats(config.algorithm.reference.judged_by)
@@ -274,7 +274,7 @@ class Trainer:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"checkpoint '{point.checkpoint.path}': {error}") from error
         self.runtime.wait()  # until all processes have read what one of them may now cut back
-        folder = RunFolder.reopen(self.config, state.epoch, self.evaluated, self.runtime.is_main)
+        folder = reopen(self.config, state.epoch, self.evaluated, self.runtime.is_main)
         folder.set_clock(clock, state.epoch)
         self.runtime.wait()
         return folder
@@ -334,7 +334,7 @@ class Trainer:
                 columns = max(1, round(len(result.images) ** 0.5 * 1.3))
                 grid = image_grid(result.images, result.captions, columns)
                 save_grid(folder.images, grid, epoch, f"{name}, after {epoch} epochs")
-        self.keeper.evaluated(name, row)
+        self.checkpoints.evaluated(name, row)
         self.progress.timer.reset()
 
     def export(self, folder: RunFolder) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.tiny import PROMPTS
+
 # workers of pytest-xdist share the cores; set before torch is imported, and seen by subprocesses
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,3 +36,47 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     # In the order of the collection: the long files do not come last there.
     config.option.loadscopereorder = False
     return Scheduling(config, log)
+
+
+# A tiny real pipeline with random weights, and a sampler on it. The imports take seconds, which the
+# tests of the kernels need not wait for.
+
+
+@pytest.fixture
+def config():
+    from gardo.config import load_config
+
+    return load_config("tiny")
+
+
+@pytest.fixture
+def model(config):
+    import torch
+
+    from gardo.models.loading import load_model
+
+    return load_model(config.model, torch.device("cpu"), "fp32")
+
+
+@pytest.fixture
+def embeddings(model):
+    from gardo.models.embeddings import EmbeddingTable
+
+    return EmbeddingTable(model, PROMPTS)
+
+
+@pytest.fixture
+def adapters(model, config):
+    from gardo.models.adapters import build_adapters
+
+    return build_adapters(model, config.model, seed=0)
+
+
+@pytest.fixture
+def make_sampler(model, embeddings):
+    from gardo.sampling.rollout import Sampler
+
+    def make(guidance_scale: float = 1.0, batch_size: int = 4) -> Sampler:
+        return Sampler(model, embeddings, model.default_resolution, guidance_scale, batch_size)
+
+    return make

@@ -13,7 +13,7 @@ from gardo.algorithms.reference import reference_pass, trained_steps
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.algorithms.update import Algorithm, EpochData, MicroBatch, UpdateStats
 from gardo.models.base import Schedule
-from gardo.runtime.rng import derive_seed, normal_rows
+from gardo.rng import derive_seed, normal_rows
 from gardo.sampling.rollout import Rollout, noise_source
 
 __all__ = ["GRPO", "RatioNorm", "TrainingData", "UpdateStats"]

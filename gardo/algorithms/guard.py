@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gardo.algorithms.update import Algorithm, EpochData, MicroBatch, UpdateStats
-from gardo.runtime.dump import write_dump
-from gardo.runtime.health import Health, Outcome
+from gardo.run.dump import write_dump
+from gardo.run.health import Health, Outcome
 from gardo.types import UserError
 
 _NAMED = 50

@@ -15,7 +15,7 @@ from gardo.algorithms.update import Algorithm, EpochData, MicroBatch, UpdateStat
 from gardo.config import NFTConfig
 from gardo.models.adapters import BEHAVIOUR, POLICY
 from gardo.models.base import Schedule
-from gardo.runtime.rng import generator
+from gardo.rng import generator
 from gardo.sampling.plan import batches
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.types import UserError

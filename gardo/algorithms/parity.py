@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 import gardo_kernels as gk
-from gardo.runtime.process import Runtime
+from gardo.distributed.process import Runtime
 from gardo.sampling.plan import batches, padded_rows
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.types import UserError

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gardo.distributed.process import Runtime
 from gardo.models.adapters import REFERENCE, Adapters
-from gardo.runtime.process import Runtime
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.sampling.steps import StepTable
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import gardo_kernels as gk
 from gardo.config import AlgorithmConfig
+from gardo.distributed.process import Runtime
 from gardo.rewards.scoring import RewardSet, ScoreBook, reward_metrics
 from gardo.rewards.thumbnails import image_variance
-from gardo.runtime.process import Runtime
 from gardo.sampling.plan import EpochPlan
 
 

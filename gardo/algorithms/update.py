@@ -15,12 +15,12 @@ from torch import Tensor
 
 from gardo.algorithms.reference import RowVelocities
 from gardo.algorithms.shaping import ShapedEpoch
+from gardo.checkpointing.state_tensors import whole
 from gardo.config import AlgorithmConfig, TrainConfig
+from gardo.distributed.process import Runtime
 from gardo.models.adapters import POLICY, Adapters, FullCopies
 from gardo.models.base import Schedule
-from gardo.runtime.health import Outcome
-from gardo.runtime.process import Runtime
-from gardo.runtime.state_tensors import whole
+from gardo.run.health import Outcome
 from gardo.sampling.plan import EpochPlan, padded_rows
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.sampling.trajectory import Conditioning

@@ -12,7 +12,7 @@ from gardo.config import PromptsConfig
 from gardo.data.files import read_prompts
 from gardo.data.generators import generate_prompts
 from gardo.data.hub import read_hub_prompts
-from gardo.runtime.rng import generator
+from gardo.rng import generator
 from gardo.types import Prompt, UserError
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gardo.runtime.metrics import write_atomic
+from gardo.run.metrics import write_atomic
 from gardo.types import UserError
 
 FORMAT = 1

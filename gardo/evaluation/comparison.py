@@ -27,8 +27,8 @@ from gardo.evaluation.statistics import (
 )
 from gardo.evaluation.workflow import Collected, Evaluation
 from gardo.rewards.scoring import RewardSet
-from gardo.runtime.rng import derive_seed
-from gardo.runtime.run_folder import package_versions
+from gardo.rng import derive_seed
+from gardo.run.folder import package_versions
 
 CONFIDENCE = 0.95
 

@@ -16,7 +16,7 @@ from typing import Any
 from gardo.evaluation.comparison import Cell, Column, Comparison
 from gardo.evaluation.settings import HELD_OUT
 from gardo.evaluation.statistics import Estimate
-from gardo.runtime.metrics import to_json_line, write_atomic
+from gardo.run.metrics import to_json_line, write_atomic
 from gardo.types import UserError
 
 THUMBNAIL = 256

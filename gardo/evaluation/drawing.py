@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gardo_kernels as gk
 from gardo.models.base import Velocity
-from gardo.runtime.rng import generator, normal_rows
+from gardo.rng import generator, normal_rows
 from gardo.sampling.rollout import Sampler
 from gardo.sampling.steps import StepTable
 from gardo.types import Prompt

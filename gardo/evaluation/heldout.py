@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from gardo.config import Config
+from gardo.distributed.process import Runtime
 from gardo.evaluation.metrics import feature_distance, mean_pairwise_distance
 from gardo.models.base import FlowModel
 from gardo.models.embeddings import EmbeddingTable
 from gardo.rewards.overlap import ScoringWorker
 from gardo.rewards.scoring import RewardSet, reward_metrics
-from gardo.runtime.images import caption
-from gardo.runtime.process import Runtime
-from gardo.runtime.rng import generator
+from gardo.rng import generator
+from gardo.run.images import caption
 from gardo.sampling.graph import GraphedTrajectories
 from gardo.sampling.plan import shared_batches
 from gardo.sampling.rollout import Sampler

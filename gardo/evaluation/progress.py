@@ -10,7 +10,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from gardo.runtime.progress import format_seconds
+from gardo.run.progress import format_seconds
 
 SILENCE = 30.0
 """Seconds after which a log gets another line while a stage goes on."""

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gardo.distributed.process import resolve_device
+from gardo.distributed.signals import Stopped, StopRequest, StopRequested
 from gardo.evaluation.cache import FORMAT, EvaluationCache, Record
 from gardo.evaluation.drawing import Draw, Painter
 from gardo.evaluation.judging import Judge
@@ -20,8 +22,6 @@ from gardo.evaluation.progress import StageProgress
 from gardo.evaluation.request import Request
 from gardo.evaluation.settings import Contender, resolve
 from gardo.rewards.scoring import RewardSet
-from gardo.runtime.process import resolve_device
-from gardo.runtime.signals import Stopped, StopRequest, StopRequested
 from gardo.sampling.steps import StepTable, step_table
 from gardo.types import UserError
 

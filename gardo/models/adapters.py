@@ -11,9 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gardo.checkpointing.state_tensors import sharded_like, to_host, whole
 from gardo.config import ModelConfig
 from gardo.models.base import FlowModel
-from gardo.runtime.state_tensors import sharded_like, to_host, whole
 from gardo.types import UserError
 
 POLICY, REFERENCE, BEHAVIOUR = "policy", "reference", "old"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gardo.config import Config
 from gardo.models.base import FlowModel
-from gardo.runtime.metrics import write_atomic
+from gardo.run.metrics import write_atomic
 from gardo.types import PromptEmbeds, UserError
 
 EMPTY = ""

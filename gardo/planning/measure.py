@@ -9,12 +9,12 @@ from statistics import median
 import torch
 
 from gardo.config import Config
+from gardo.distributed.process import resolve_device
 from gardo.models.adapters import build_adapters
 from gardo.models.embeddings import EmbeddingTable
 from gardo.models.loading import DTYPES, load_model
 from gardo.planning.counts import EpochCounts
 from gardo.planning.estimate import Rates
-from gardo.runtime.process import resolve_device
 from gardo.sampling.rollout import Sampler
 from gardo.types import UserError
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gardo.rewards.backbones import CLIP_LARGE, clip_backbone
 from gardo.rewards.base import Reward, RewardSpec
-from gardo.rewards.checkpoints import compute_dtype, load_state, load_weights, shared
 from gardo.rewards.heads import LinearHead
 from gardo.rewards.preprocess import check_batch
+from gardo.rewards.pretrained import compute_dtype, load_state, load_weights, shared
 from gardo.types import RewardOutput, UserError
 
 HEAD_NAME = "sac+logos+ava1-l14-linearMSE.pth"

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gardo.rewards.checkpoints import (
+from gardo.rewards.objects import check_images, finite_images
+from gardo.rewards.preprocess import ImageTransform
+from gardo.rewards.pretrained import (
     compute_dtype,
     load_part,
     load_pretrained,
     load_transform,
     shared,
 )
-from gardo.rewards.objects import check_images, finite_images
-from gardo.rewards.preprocess import ImageTransform
 from gardo.types import UserError
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gardo.rewards.backbones import CLIP_LARGE, ClipBackbone, clip_backbone
 from gardo.rewards.base import Reward, RewardSpec
-from gardo.rewards.checkpoints import compute_dtype
 from gardo.rewards.preprocess import check_batch
+from gardo.rewards.pretrained import compute_dtype
 from gardo.types import RewardOutput
 
 

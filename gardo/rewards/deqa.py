@@ -15,15 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gardo.rewards.base import Reward, RewardSpec
-from gardo.rewards.checkpoints import (
-    compute_dtype,
-    load_folder,
-    load_part,
-    load_shards,
-    load_state,
-    load_transform,
-    shared,
-)
 from gardo.rewards.mplug_owl2 import (
     AbstractorSizes,
     LanguageSizes,
@@ -33,6 +24,15 @@ from gardo.rewards.mplug_owl2 import (
 )
 from gardo.rewards.objects import finite_images
 from gardo.rewards.preprocess import ImageTransform, check_batch
+from gardo.rewards.pretrained import (
+    compute_dtype,
+    load_folder,
+    load_part,
+    load_shards,
+    load_state,
+    load_transform,
+    shared,
+)
 from gardo.types import RewardOutput, UserError
 
 DEQA = "zhiyuanyou/DeQA-Score-Mix3"

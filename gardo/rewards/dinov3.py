@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gardo.rewards.checkpoints import compute_dtype, load_pretrained, load_transform, shared
 from gardo.rewards.features import FeatureExtractor
 from gardo.rewards.objects import check_images, finite_images
+from gardo.rewards.pretrained import compute_dtype, load_pretrained, load_transform, shared
 
 DINOV3 = "facebook/dinov3-vitl16-pretrain-lvd1689m"
 

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from gardo.rewards.backbones import CLIP_LARGE, ClipBackbone, load_clip_tokenizer
 from gardo.rewards.base import RewardSpec
-from gardo.rewards.checkpoints import (
+from gardo.rewards.clipscore import ClipCosineReward
+from gardo.rewards.preprocess import ImageTransform
+from gardo.rewards.pretrained import (
     compute_dtype,
     load_file,
     load_state,
     load_weights,
     shared,
 )
-from gardo.rewards.clipscore import ClipCosineReward
-from gardo.rewards.preprocess import ImageTransform
 from gardo.types import UserError
 
 HPSV2 = "xswu/HPSv2"

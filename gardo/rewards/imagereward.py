@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gardo.rewards.base import Reward, RewardSpec
-from gardo.rewards.checkpoints import (
+from gardo.rewards.heads import LinearHead
+from gardo.rewards.objects import finite_images
+from gardo.rewards.preprocess import ImageTransform, check_batch
+from gardo.rewards.pretrained import (
     compute_dtype,
     load_file,
     load_part,
@@ -20,9 +23,6 @@ from gardo.rewards.checkpoints import (
     load_weights,
     shared,
 )
-from gardo.rewards.heads import LinearHead
-from gardo.rewards.objects import finite_images
-from gardo.rewards.preprocess import ImageTransform, check_batch
 from gardo.types import RewardOutput, UserError
 
 IMAGEREWARD = "THUDM/ImageReward"

@@ -8,8 +8,8 @@ import torch
 
 from gardo.rewards.backbones import clip_backbone
 from gardo.rewards.base import RewardSpec
-from gardo.rewards.checkpoints import compute_dtype
 from gardo.rewards.clipscore import ClipCosineReward
+from gardo.rewards.pretrained import compute_dtype
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # PickScore's own model card names it

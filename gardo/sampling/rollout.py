@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gardo.models.base import FlowModel, Velocity
 from gardo.models.embeddings import EMPTY, EmbeddingTable
-from gardo.runtime.rng import generator, normal_rows
+from gardo.rng import generator, normal_rows
 from gardo.sampling.graph import GraphedTrajectories
 from gardo.sampling.plan import EpochPlan, padded_rows
 from gardo.sampling.steps import StepTable

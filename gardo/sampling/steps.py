@@ -10,7 +10,7 @@ from torch import Tensor
 import gardo_kernels as gk
 from gardo.config import SamplingConfig
 from gardo.models.base import Schedule
-from gardo.runtime.rng import derive_seed
+from gardo.rng import derive_seed
 from gardo.sampling.solvers import MultistepTable, dpm2_table
 
 

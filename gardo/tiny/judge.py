@@ -1,6 +1,6 @@
 """A small classifier of scenes, the held-out judge of the embedded task.
 
-It is trained on rendered scenes alone (`gardo.tiny.judge_training`), apart from the diffusion model
+It is trained on rendered scenes alone (`tools.tiny.judge_training`), apart from the diffusion model
 and from every reward, and tells the number, the colour and the shape of the objects. What is no
 scene of the grammar (stripes, smears, half-drawn objects) has a class of its own. The penultimate
 layer is the embedded task's image feature: because the network must also tell which cells of the

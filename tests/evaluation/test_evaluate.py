@@ -20,11 +20,11 @@ from gardo.evaluation.drawing import shared_noise
 from gardo.evaluation.metrics import mean_pairwise_distance
 from gardo.rewards.base import build_reward
 from gardo.rewards.features import build_features
-from gardo.runtime.rng import generator, normal_rows
-from gardo.tiny.models import build_flux_pipeline
+from gardo.rng import generator, normal_rows
 from gardo.tiny.scenes import parse_prompt
 from tests.evaluation import counting
 from tests.evaluation.conftest import PROMPTS, evaluate, files, make_run
+from tools.tiny.models import build_flux_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +414,7 @@ def test_after_a_real_training(tmp_path):
     """Train, then evaluate the run folder, as the documentation says."""
     from gardo.config import load_config
     from gardo.train import train
-    from tests.gardo.forked import SMALLEST
+    from tests.support.forked import SMALLEST
 
     run = tmp_path / "runs" / "mine"
     changes = {"epochs": "1", "output_dir": str(run), "rewards.eval": "judge"}

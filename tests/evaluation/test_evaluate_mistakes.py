@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from gardo.evaluate import main
 from gardo.evaluation.request import MAX_SEEDS, parse_seeds
 from gardo.evaluation.sources import LORA_FILE
-from gardo.tiny.models import build_flux_pipeline
 from gardo.types import UserError
 from tests.evaluation.conftest import make_run
 from tests.gardo.test_security import EVIL, Page
+from tools.tiny.models import build_flux_pipeline
 
 
 def refused(out, *words) -> str:

@@ -14,7 +14,7 @@ from gardo.evaluation.drawing import Draw, Painter, shared_noise, transition_kl
 from gardo.models.adapters import build_adapters
 from gardo.models.embeddings import EmbeddingTable
 from gardo.models.loading import load_model
-from gardo.runtime.rng import normal_rows
+from gardo.rng import normal_rows
 from gardo.sampling.rollout import Sampler
 from gardo.sampling.steps import step_table
 from gardo.types import Prompt

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
+from experiments import training_runs
+from experiments.ablation import __main__ as command
+from experiments.ablation import methods, run
+from experiments.ablation.results import markdown, summarize
+from experiments.training_runs import TrainingRun, train_all
 from gardo.config import load_config
-from gardo.experiments import training_runs
-from gardo.experiments.ablation import __main__ as command
-from gardo.experiments.ablation import methods, run
-from gardo.experiments.ablation.results import markdown, summarize
-from gardo.experiments.training_runs import TrainingRun, train_all
-from gardo.runtime.metrics import read_metrics
+from gardo.run.metrics import read_metrics
 from gardo.types import UserError
 
 SMALLEST = run.Scale(epochs=1, groups=2, group_size=2, kl_coefs=(0.1,), evaluations=1, prompts=2)

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from experiments.counting import __main__ as command
+from experiments.counting import run
+from experiments.counting.results import markdown, summarize
 from gardo.data.generators import generate_prompts
-from gardo.experiments.counting import __main__ as command
-from gardo.experiments.counting import run
-from gardo.experiments.counting.results import markdown, summarize
 from gardo.types import UserError
 
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gardo.experiments.mixture import distribution, rewards, run
-from gardo.experiments.mixture.__main__ import main
-from gardo.experiments.mixture.methods import GARDO, GRPO_NO_STD, PARTS, find_method, find_part
-from gardo.experiments.mixture.policy import Schedule, VelocityNetwork, pretrain, roll_out
-from gardo.experiments.mixture.tables import figures, markdown, summarize
-from gardo.experiments.mixture.training import Run, Settings
+from experiments.mixture import distribution, rewards, run
+from experiments.mixture.__main__ import main
+from experiments.mixture.methods import GARDO, GRPO_NO_STD, PARTS, find_method, find_part
+from experiments.mixture.policy import Schedule, VelocityNetwork, pretrain, roll_out
+from experiments.mixture.tables import figures, markdown, summarize
+from experiments.mixture.training import Run, Settings
 from gardo.types import UserError
 
 TINY = Settings(
@@ -248,11 +248,11 @@ def test_broken_stored_result_is_named(tmp_path):
 
 
 def test_module_runs_and_its_help_imports_no_torch():
-    command = [sys.executable, "-X", "importtime", "-m", "gardo.experiments.mixture", "--help"]
+    command = [sys.executable, "-X", "importtime", "-m", "experiments.mixture", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--seeds" in result.stdout
     assert " torch\n" not in result.stderr
-    wrong = [sys.executable, "-m", "gardo.experiments.mixture", "--jobs", "0"]
+    wrong = [sys.executable, "-m", "experiments.mixture", "--jobs", "0"]
     failed = subprocess.run(wrong, capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert "Traceback" not in failed.stderr

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from gardo.experiments.claims import CLAIMS, HOLDS, NOT, by_seeds, middle
-from gardo.experiments.results import main, page
+from experiments.claims import CLAIMS, HOLDS, NOT, by_seeds, middle
+from experiments.results import main, page
 from gardo.types import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -13,18 +13,18 @@ import pytest
 
 import gardo.plan
 import gardo.report
-import gardo.tiny.build
 import gardo.train
 import gardo_kernels.__main__
+import tools.tiny.build
 from gardo import cli
 from gardo.rewards.serve import cli as serve
-from tests.gardo import bad_places
-from tests.gardo.forked import SMALLEST, arguments
+from tests.support import bad_places
+from tests.support.forked import SMALLEST, arguments
 
 ENTRIES = {
     "train": lambda argv: cli.run(gardo.train.main),
     "plan": lambda argv: cli.run(gardo.plan.main),
-    "build": lambda argv: cli.run(gardo.tiny.build.main),
+    "build": lambda argv: cli.run(tools.tiny.build.main),
     "report": lambda argv: sys.exit(gardo.report.main(argv)),
     "serve": serve.main,
     "kernels": lambda argv: sys.exit(gardo_kernels.__main__.main(argv)),
@@ -392,8 +392,8 @@ PROCESSES = {
     "gardo.plan": (["--gpu", "h10"], "did you mean 'h100'?"),
     "gardo.report": (["missing"], "missing: no such folder"),
     "gardo.rewards.serve": (["--rewards", "count", "--port", "x"], "--port"),
-    "gardo.tiny.build": (["--steps", "0"], "--steps: expected at least 1"),
-    "gardo.experiments.mixture": (["--jobs", "0"], "--jobs: expected at least 1"),
+    "tools.tiny.build": (["--steps", "0"], "--steps: expected at least 1"),
+    "experiments.mixture": (["--jobs", "0"], "--jobs: expected at least 1"),
     "gardo_kernels": (["--nope"], "unrecognized arguments: --nope"),
 }
 
@@ -418,7 +418,7 @@ def test_a_process_ends_with_one_line_and_code_2(module, tmp_path):
 
 def test_a_folder_without_permission(tmp_path, monkeypatch, capfd):
     # asked for rather than tried: root may write everywhere
-    monkeypatch.setattr("gardo.runtime.run_folder.os.access", lambda path, mode: False)
+    monkeypatch.setattr("gardo.run.folder.os.access", lambda path, mode: False)
     monkeypatch.chdir(tmp_path)
     code, out, err = run(train("--output_dir=new/run"), monkeypatch, capfd)
     assert (code, out) == (2, "")

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 
 from gardo.algorithms.update import UpdateStats
 from gardo.config import load_config
-from gardo.runtime.health import Outcome
-from gardo.runtime.process import Runtime
-from gardo.runtime.progress import EpochProgress
+from gardo.distributed.process import Runtime
+from gardo.run.health import Outcome
+from gardo.run.progress import EpochProgress
 from gardo.trainer import Trainer
-from tests.gardo.forked import SMALLEST, Runner, arguments
-from tests.gardo.test_distributed import torchrun
-from tests.gardo.test_resume import edit, rows, tensors
+from tests.checkpointing.test_resume import edit, rows, tensors
+from tests.distributed.test_distributed import torchrun
+from tests.support.forked import SMALLEST, Runner, arguments
 
 RUN = {
     "epochs": 3,
@@ -329,7 +329,7 @@ SHARED = {**RUN, "sampling__max_ratio_deviation": "null"}
 
 
 def train_together(processes, folder, hook, **environment):
-    script = str(Path(__file__).parent / "faulty_training.py")
+    script = str(Path(__file__).parents[1] / "support" / "faulty_training.py")
     command = [str(a) for a in arguments(folder, **SHARED)]
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     return torchrun(processes, script, json.dumps(hook), *command, PYTHONPATH=path, **environment)

@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 
 from gardo.config import load_config, recipe_names
 from gardo.tiny import pipeline_path
-from gardo.tiny.models import build_flux_pipeline
 from gardo.train import train
+from tools.tiny.models import build_flux_pipeline
 
 FULL_SIZE = [name for name in recipe_names() if name.startswith(("sd35", "flux1"))]
 

@@ -27,17 +27,17 @@ from gardo.data.files import read_prompts
 from gardo.models.embeddings import EmbeddingCache
 from gardo.rewards.base import RewardUnavailable
 from gardo.rewards.chat import ChatClient
-from gardo.rewards.checkpoints import load_part, load_shards, load_weights
+from gardo.rewards.pretrained import load_part, load_shards, load_weights
 from gardo.rewards.remote import RemoteReward
 from gardo.rewards.serve import protocol
-from gardo.runtime.report import write_report
+from gardo.run.report import write_report
 from gardo.tiny import pipeline_path
 from gardo.types import UserError
-from tests.gardo.forked import arguments
 from tests.rewards import toys
 from tests.rewards.test_remote import Stub, batch
 from tests.rewards.toys import toy
-from tests.runtime.synthetic_run import evaluation_row, make_run, metrics_row
+from tests.run.synthetic_run import evaluation_row, make_run, metrics_row
+from tests.support.forked import arguments
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from gardo.config import load_config
-from gardo.runtime.process import Runtime
-from gardo.runtime.run_folder import RunFolder
+from gardo.distributed.process import Runtime
+from gardo.run.folder import RunFolder
 from gardo.sampling.steps import step_table
 from gardo.train import train
 from gardo.trainer import Trainer

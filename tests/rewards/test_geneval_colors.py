@@ -12,8 +12,8 @@ from gardo.data.coco import GENEVAL_COLORS
 from gardo.rewards.backbones import ClipBackbone, clip_backbone
 from gardo.rewards.geneval.colors import TEMPLATES, ColorClassifier, crop_object
 from gardo.rewards.geneval.rules import Detection
-from gardo.tiny.vocabulary import clip_tokenizer
 from tests.rewards.tiny_models import SIDE, clip_folder, clip_words, images, pictures
+from tools.tiny.vocabulary import clip_tokenizer
 
 
 @pytest.fixture(scope="module")

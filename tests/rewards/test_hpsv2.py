@@ -13,9 +13,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from gardo.rewards.base import Reward, build_reward
 from gardo.rewards.hpsv2 import WEIGHTS_NAME
-from gardo.tiny.vocabulary import clip_tokenizer
 from gardo.types import UserError
 from tests.rewards import tiny_models as tm
+from tools.tiny.vocabulary import clip_tokenizer
 
 VISION, TEXT, PROJECTION, TOKENS = 160, 128, 20, 16
 

@@ -13,10 +13,10 @@ from gardo.rewards.base import build_reward
 from gardo.rewards.features import FeatureExtractor, build_features, feature_names
 from gardo.rewards.judge import JudgeReward
 from gardo.tiny.judge import SHIPPED_JUDGE, Judge, load_judge, save_judge
-from gardo.tiny.judge_training import accuracy_by_count, draw_examples, train_judge
 from gardo.tiny.scenes import Scene, render
 from gardo.types import UserError
 from tests.rewards import images as im
+from tools.tiny.judge_training import accuracy_by_count, draw_examples, train_judge
 
 
 @pytest.fixture(scope="module")

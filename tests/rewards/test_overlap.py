@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from gardo.config import load_config
+from gardo.distributed.process import Runtime
 from gardo.rewards.base import Reward, RewardSpec, RewardUnavailable
 from gardo.rewards.overlap import RewardFailed, ScoringWorker
 from gardo.rewards.scoring import RewardSet
-from gardo.runtime.process import Runtime
-from gardo.runtime.progress import EpochProgress
+from gardo.run.progress import EpochProgress
 from gardo.train import train
 from gardo.trainer import Trainer
 from gardo.types import Prompt, RewardOutput, UserError

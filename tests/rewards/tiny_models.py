@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from gardo.rewards.base import Reward
-from gardo.tiny.vocabulary import FILLERS, WORDS, clip_tokenizer
+from tools.tiny.vocabulary import FILLERS, WORDS, clip_tokenizer
 
 PROMPTS = [
     "three red circles",

@@ -12,10 +12,10 @@ from safetensors import safe_open
 
 from gardo.tiny import pipeline_path
 from gardo.tiny.components import exact_count
-from gardo.tiny.models import build_flux_pipeline, build_sd3_pipeline, pipeline_modules
-from gardo.tiny.quality import SamplerSetting, accuracy_by_count, sample_images
 from gardo.tiny.scenes import COLORS, IMAGE_SIZE, all_scenes, render
-from gardo.tiny.vocabulary import FILLERS, MAX_TOKENS, WORDS, clip_tokenizer, t5_tokenizer
+from tools.tiny.models import build_flux_pipeline, build_sd3_pipeline, pipeline_modules
+from tools.tiny.quality import SamplerSetting, accuracy_by_count, sample_images
+from tools.tiny.vocabulary import FILLERS, MAX_TOKENS, WORDS, clip_tokenizer, t5_tokenizer
 
 WEIGHTS = sorted(pipeline_path().rglob("*.safetensors"))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from gardo.data.generators.vocabulary import check_counts, check_integer
-from gardo.runtime.rng import generator
+from gardo.rng import generator
 from gardo.types import Prompt
 
 SCENES = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from gardo.runtime.rng import generator
+from gardo.rng import generator
 
 
 def draw_distinct(total: int, size: int, seed: int, *keys: str) -> list[int]:

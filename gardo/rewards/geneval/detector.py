@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gardo.data.coco import CLASSES
-from gardo.rewards.checkpoints import compute_dtype, load_part, load_pretrained
 from gardo.rewards.geneval.rules import Detection
 from gardo.rewards.preprocess import FILTERS, resize_bytes, to_bytes
+from gardo.rewards.pretrained import compute_dtype, load_part, load_pretrained
 from gardo.types import UserError
 
 MASK2FORMER_SMALL = "facebook/mask2former-swin-small-coco-instance"

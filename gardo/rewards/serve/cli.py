@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gardo.argument_parser import ArgumentParser
 from gardo.rewards.serve.token import TOKEN_VARIABLE, read_token
-from gardo.runtime.arguments import Parser
 from gardo.types import UserError
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of ``python -m gardo.rewards.serve``."""
-    options = Parser(
+    options = ArgumentParser(
         prog="python -m gardo.rewards.serve",
         description="Serve rewards over HTTP, for runs with rewards.servers in their recipe.",
         allow_abbrev=False,
@@ -165,6 +165,6 @@ def _bind(host: str, port: int) -> socket.socket:
 def _device(name: str) -> Any:
     import torch
 
-    from gardo.runtime.process import resolve_device
+    from gardo.distributed.process import resolve_device
 
     return torch.device(resolve_device(name))

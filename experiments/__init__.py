@@ -1,0 +1,1 @@
+"""Experiments that test the claims of the method at a scale that anyone can run."""

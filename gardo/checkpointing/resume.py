@@ -1,0 +1,167 @@
+"""Finds what a run is resumed from, and whether it may go on with the settings asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gardo.checkpointing.checkpoint import Checkpoint, CheckpointFolder
+from gardo.config import Config, iter_keys, load_config
+from gardo.run.folder import RunFolder, check_writable
+from gardo.types import UserError
+
+FREE = (
+    *("recipe", "output_dir", "overwrite", "epochs", "trackers", "model.embedding_cache"),
+    *("evaluation.every", "evaluation.at_start", "evaluation.grid_images"),
+    *("checkpoint.", "health."),
+    *("sampling.max_ratio_deviation", "rewards.servers", "rewards.client.", "rewards.max_missing"),
+)
+"""Keys, or beginnings of keys, that no number of a run depends on."""
+ROUNDING = (
+    *("device", "threads", "sampling.batch_size", "sampling.cuda_graph", "sampling.offload_"),
+    *("train.batch_size", "train.fused_optimizer", "model.attention_backend", "model.compile"),
+    *("model.gradient_checkpointing", "model.vae_"),
+)
+"""Those that only decide how the same numbers are computed: results are equal up to rounding."""
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A run with a checkpoint to go on from.
+
+    Attributes:
+        folder: of the run.
+        checkpoint: verified.
+        config: the run's settings as the checkpoint has them.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint
+    config: Config
+
+
+def find_resume_point(path: Path, told: Callable[[str], None]) -> ResumePoint:
+    """The newest whole checkpoint of a run folder, or the given checkpoint of a run.
+
+    Args:
+        path: a run folder, or a folder in its ``checkpoints``.
+        told: is called with a sentence about each damaged checkpoint that is skipped.
+
+    Raises:
+        UserError: there is none, it is damaged or of another version, or the run folder cannot be
+            written.
+    """
+    folder = path.absolute().parent.parent
+    if path.absolute().parent.name == "checkpoints" and (folder / "config.yaml").is_file():
+        checkpoint: Checkpoint | None = _verified(path)
+    elif (path / "manifest.json").is_file():
+        raise UserError(
+            f"--resume '{path}': expected a checkpoint in the 'checkpoints' of a run folder, with "
+            "whose metrics the run goes on; this one lies elsewhere"
+        )
+    elif path.is_dir():
+        folder, checkpoint = path, CheckpointFolder(path / "checkpoints").newest(told)
+    else:
+        raise UserError(
+            f"--resume '{path}': no such run folder or checkpoint (a recipe goes before --resume)"
+        )
+    if checkpoint is None:
+        raise UserError(f"--resume '{path}': no checkpoint in this folder")
+    check_writable(folder)
+    check_writable(checkpoint.path.parent)
+    return ResumePoint(folder, checkpoint, _config(checkpoint.path))
+
+
+def _verified(path: Path) -> Checkpoint:
+    checkpoint = Checkpoint.open(path)
+    checkpoint.verify()
+    return checkpoint
+
+
+def find_in_output_dir(config: Config, told: Callable[[str], None]) -> ResumePoint | None:
+    """What ``--resume auto`` goes on from; None if the run must start from its beginning.
+
+    Raises:
+        UserError: as `find_resume_point`, or the folder holds a run that is finished, or of other
+            settings, and has no checkpoint.
+    """
+    folder = Path(config.output_dir).expanduser()
+    if CheckpointFolder(folder / "checkpoints").all():
+        return find_resume_point(folder, told)
+    if (folder / "config.yaml").is_file():
+        if (folder / "summary.json").is_file():
+            raise UserError(
+                f"--resume: the run in '{folder}' is finished and has no checkpoint; choose "
+                "another --output_dir, or replace it with --overwrite true"
+            )
+        check_same_run(config, _config(folder), folder)
+    return None
+
+
+def _config(folder: Path) -> Config:
+    try:
+        return load_config(str(folder / "config.yaml"))
+    except UserError as error:
+        raise UserError(f"'{folder / 'config.yaml'}': {error}") from None
+
+
+def check_resumable(point: ResumePoint, asked: Config) -> list[str]:
+    """Compare the settings asked for with the run's own.
+
+    Returns the keys that differ and make results equal up to rounding only.
+
+    Raises:
+        UserError: contradictory keys, all of them named; or fewer epochs than are done.
+    """
+    done = point.checkpoint.epoch
+    rounding = check_same_run(asked, point.config, point.folder)
+    if asked.epochs < done:
+        raise UserError(
+            f"epochs: the checkpoint '{point.checkpoint.path}' has done {done} epochs; expected at "
+            f"least as many, got {asked.epochs}"
+        )
+    return rounding
+
+
+def check_same_run(asked: Config, own: Config, folder: Path) -> list[str]:
+    """As `check_resumable`, for a run folder without a checkpoint."""
+    new, old = asked.model_dump(mode="json"), own.model_dump(mode="json")
+    contradictions, rounding = [], []
+    for key, _ in iter_keys():
+        before, now = _value(old, key), _value(new, key)
+        if before == now or key.startswith(FREE):
+            continue
+        if key.startswith(ROUNDING):
+            rounding.append(key)
+        else:
+            contradictions.append(f"{key} ({before!r} there, {now!r} asked for)")
+    if contradictions:
+        raise UserError(
+            f"'{folder}' is a run with other settings: {', '.join(contradictions)}. Give the same "
+            f"ones, or none: --resume {folder} without a recipe takes the run's own; or choose "
+            "another --output_dir"
+        )
+    return rounding
+
+
+def reopen(config: Config, epoch: int, evaluated: bool, is_main: bool = True) -> RunFolder:
+    """The run folder of ``config``, cut back to what it was after ``epoch`` epochs.
+
+    Raises:
+        UserError: files are missing or damaged; nothing was changed.
+    """
+    folder = RunFolder(Path(config.output_dir), is_main)
+    if is_main:
+        folder.check_continuable(epoch)
+        # first of all, so that no checkpoint is ever newer than the files beside it
+        CheckpointFolder(folder.checkpoints).discard_after(epoch)
+    folder.cut_back(config, epoch, evaluated)
+    return folder
+
+
+def _value(tree: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        tree = tree[part]
+    return tree

@@ -1,0 +1,307 @@
+"""Runs `gardo.train` in forks of a process that has imported everything: each starts at once.
+
+As a module it is that process: it reads a request per line and answers with the process id of the
+fork and, when that has ended, with its exit status.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+SMALLEST = {
+    "device": "cpu",
+    "threads": 1,
+    "model.lora.rank": 1,
+    "prompts.per_epoch": 2,
+    "prompts.group_size": 2,
+    "sampling.num_steps": 2,
+    "sampling.sde_window": 0,
+    "sampling.sde_window_range": "null",
+    "sampling.batch_size": 2,
+    "train.batch_size": 1,
+    "train.timestep_fraction": 0.5,
+    "evaluation.max_prompts": 2,
+    "evaluation.samples_per_prompt": 2,
+    "evaluation.num_steps": 2,
+    "evaluation.grid_images": 2,
+    "evaluation.reference_images": "null",
+    "rewards.eval": "artifact",
+}
+"""Settings of the recipe ``tiny`` with which an epoch takes a tenth of a second."""
+
+
+def arguments(folder, *words, **changes):
+    """A command line of the smallest run; keys have ``__`` for a dot."""
+    keys = {name.replace("__", "."): value for name, value in changes.items()}
+    settings = {**SMALLEST, "output_dir": folder, **keys}
+    return [*words, *(f"--{key}={value}" for key, value in settings.items())]
+
+
+IMPORTED_LATE = """
+diffusers.guiders diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3
+transformers.models.clip.modeling_clip transformers.models.t5.modeling_t5 peft accelerate
+gardo.trainer gardo.run.report gardo.rewards.shapes gardo.rewards.judge torch.profiler
+""".split()
+"""What a run imports, the costly part of it."""
+
+
+class Runner:
+    """The test's side of the process."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.forked"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
+
+    def start(self, argv, hook=None) -> int:
+        """Start a run; returns its process id."""
+        request = {"argv": [str(a) for a in argv], "log": str(self.log), "hook": hook}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def wait(self) -> int:
+        """Exit code of the run that was started; -N if signal N ended it."""
+        return int(self._process.stdout.readline())
+
+    def run(self, argv, hook=None) -> int:
+        self.start(argv, hook)
+        return self.wait()
+
+    @property
+    def said(self) -> str:
+        """What the last run wrote to standard error."""
+        return self.log.read_text()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._process.stdout.close()
+
+
+def serve() -> None:
+    import torch
+
+    for module in IMPORTED_LATE:
+        importlib.import_module(module)
+    import gardo.run.report
+
+    torch.set_num_threads(1)
+    # its curves take as long as six epochs, and nothing is resumed from it
+    gardo.run.report.write_report = lambda runs, out: out
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            _child(request)
+        print(pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _child(request) -> None:
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        from gardo import cli, train
+
+        if request["hook"]:
+            HOOKS[request["hook"]["name"]](**request["hook"]["with"])
+        sys.argv = ["gardo.train", *request["argv"]]
+        cli.run(train.main)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _before(owner, name, count, action) -> None:
+    """Call ``action`` before the ``count``-th call of a function, counted from 1."""
+    function, calls = getattr(owner, name), [0]
+
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == count:
+            action()
+        return function(*args, **kwargs)
+
+    setattr(owner, name, counted)
+
+
+def die_while_saving(operation: int) -> None:
+    """SIGKILL before the given one of the operations by which files get their names."""
+    import shutil
+
+    calls = [0]
+
+    def counted(function):
+        def wrapped(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    shutil.rmtree = counted(shutil.rmtree)
+
+
+def disk_full(file: int) -> None:
+    """The disk is full when the given file of a checkpoint is written."""
+    from gardo.checkpointing import checkpoint
+
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _before(checkpoint, "_write", file, fail)
+
+
+def signals(names: list[str], where: str, count: int) -> None:
+    """Signals to this process at a place that the training loop comes to for the n-th time."""
+    import gardo.distributed.process
+    import gardo.trainer
+
+    owner, function = {
+        "micro-batch": (gardo.distributed.process.Runtime, "stop_point"),
+        "evaluation": (gardo.trainer.Trainer, "evaluate"),
+        "shape": (gardo.trainer.Shaper, "__call__"),
+        "start": (gardo.trainer.Trainer, "__init__"),
+    }[where]
+
+    def send():
+        for name in names:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    _before(owner, function, count, send)
+
+
+def fail(where: str, count: int, kind: str) -> None:
+    """An exception at the n-th reference pass or scoring."""
+    import torch
+
+    import gardo.trainer
+    from gardo.rewards.base import RewardUnavailable
+
+    def oom():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    def unavailable():
+        raise RewardUnavailable("clean", "no server answers")
+
+    owner, function = {
+        "update": (gardo.trainer.Trainer, "check_parity"),
+        "score": (gardo.trainer.RewardSet, "score_one"),
+    }[where]
+    _before(owner, function, count, {"oom": oom, "unavailable": unavailable}[kind])
+
+
+def not_finite(updates: list[list[int]], what: str, rank: int = 0) -> None:
+    """The loss, or the gradients alone, of some ``[epoch, update]`` are not finite on a rank.
+
+    It is the second batch of the update, if there is one, and only at its first trained step.
+    """
+    import torch
+
+    from gardo.algorithms.grpo import GRPO
+    from gardo.algorithms.guard import GuardedUpdates
+    from gardo.algorithms.nft import NFT
+
+    class Infinite(torch.autograd.Function):
+        @staticmethod
+        def forward(context, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * torch.inf
+
+    now = [None]
+    update = GuardedUpdates.__call__
+
+    def noted(self, epoch, data, index, stats):
+        now[:] = [[epoch, index], data.rollout.plan.updates[index]]
+        return update(self, epoch, data, index, stats)
+
+    GuardedUpdates.__call__ = noted
+
+    def broken(owner):
+        function = owner._loss
+
+        def loss(self, data, batch, step_index, kl_coef):
+            out = function(self, data, batch, step_index, kl_coef)
+            rows = now[1]
+            last = int(batch.rows[0]) + len(batch.rows) >= rows.stop
+            if now[0] in updates and step_index == 0 and last and self.runtime.rank == rank:
+                value = out.loss * torch.nan if what == "loss" else Infinite.apply(out.loss)
+                return out._replace(loss=value)
+            return out
+
+        owner._loss = loss
+
+    broken(GRPO)
+    broken(NFT)
+
+
+def leave_out(updates: list[list[int]]) -> None:
+    """Some ``[epoch, update]`` do not happen."""
+    from gardo.algorithms.guard import GuardedUpdates
+
+    update = GuardedUpdates.__call__
+
+    def some(self, epoch, data, index, stats):
+        return [epoch, index] not in updates and update(self, epoch, data, index, stats)
+
+    GuardedUpdates.__call__ = some
+
+
+def collapse(epoch: int) -> None:
+    """From an epoch on the policy heads for one and the same image, whatever prompt and noise."""
+    import gardo.trainer
+    from gardo.models.base import Velocity
+    from gardo.models.sd3 import SD3Model
+
+    velocity, run_epoch, now = SD3Model.velocity, gardo.trainer.Trainer.run_epoch, [0]
+
+    def noted(self, number):
+        now[0] = number
+        return run_epoch(self, number)
+
+    def collapsed(self, latents, timesteps, *rest):
+        out = velocity(self, latents, timesteps, *rest)
+        if now[0] < epoch:
+            return out
+        share = (timesteps / 1000).reshape(-1, *[1] * (latents.dim() - 1))
+        return Velocity((latents - 0.1) / share + 0 * out.cond, None)
+
+    gardo.trainer.Trainer.run_epoch, SD3Model.velocity = noted, collapsed
+
+
+HOOKS = {
+    f.__name__: f
+    for f in (die_while_saving, disk_full, signals, fail, not_finite, leave_out, collapse)
+}
+
+if __name__ == "__main__":
+    serve()

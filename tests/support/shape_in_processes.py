@@ -1,0 +1,47 @@
+"""Run by torchrun in `test_distributed`: shapes the same epoch's scores in several processes.
+
+Usage: torchrun ... shape_in_processes.py OUTPUT
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from safetensors.torch import save_file
+
+from gardo.algorithms.shaping import Shaper
+from gardo.config import load_config
+from gardo.distributed.process import Runtime
+from gardo.distributed.signals import leave
+from gardo.rewards.scoring import RewardSet, ScoreBook
+from gardo.sampling.plan import plan_epoch
+
+PROMPTS, GROUP = 3, 5
+
+
+def main(output: str) -> None:
+    runtime = Runtime("cpu", threads=1)
+    config = load_config("tiny")
+    rewards = RewardSet(config.rewards.model_copy(update={"eval": []}), torch.device("cpu"))
+    plan = plan_epoch(PROMPTS, GROUP, 2, runtime.rank, runtime.world_size)
+    everything = torch.Generator().manual_seed(0)
+    scores = torch.rand(3, PROMPTS * GROUP, generator=everything)
+    features = torch.randn(PROMPTS * GROUP, 8, generator=everything)
+    book = ScoreBook()
+    mine = plan.sample_ids
+    names = rewards.training_names
+    columns = {name: scores[k, mine] for k, name in enumerate(names)}
+    book.add(columns, features[mine], dict.fromkeys(names, 0.0))
+    shaped = Shaper(config.algorithm, rewards)(book, plan, runtime)
+    advantage = runtime.gather(shaped.advantage, mine, PROMPTS * GROUP)
+    gate = runtime.gather(shaped.gate.float(), mine, PROMPTS * GROUP)
+    if runtime.is_main:
+        per_update = torch.tensor(shaped.gated_per_update)
+        save_file({"advantage": advantage, "gate": gate, "per_update": per_update}, output)
+    runtime.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    leave(0)

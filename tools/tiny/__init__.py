@@ -1,0 +1,1 @@
+"""Builds the embedded model and its judge; run from a checkout."""
