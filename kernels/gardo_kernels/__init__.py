@@ -4,9 +4,9 @@ Every op takes and gives torch tensors, checks its arguments, and runs on the be
 available (``backend=None``) or on the one named. Needs torch alone.
 """
 
-from gardo_kernels._backends import BackendUnavailable
-from gardo_kernels._host_memory import empty_cache
 from gardo_kernels.adaptive import AdaptiveFraction
+from gardo_kernels.backends import BackendUnavailable
+from gardo_kernels.host_memory import empty_cache
 from gardo_kernels.ops.grpo_loss import GRPOLoss, grpo_loss
 from gardo_kernels.ops.nearest_neighbor import nearest_neighbor_distance
 from gardo_kernels.ops.nft_loss import NFTLoss, nft_loss

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gardo_kernels import _checks
+from gardo_kernels import checks
 from gardo_kernels.ops.nearest_neighbor import nearest_neighbor_distance
 from gardo_kernels.ops.sde import SDECoefficients, sde_coefficients, sde_log_prob, sde_step
 from gardo_kernels.ops.sde.reference import transition_mean
@@ -61,8 +61,8 @@ def sde_step_with_logprob(
 
     Raises ``TypeError``/``ValueError`` as ``sde_coefficients`` and ``sde_step``.
     """
-    _checks.choice("sde_type", sde_type, tuple(_KIND_OF))
-    _checks.latents("model_output", model_output)
+    checks.choice("sde_type", sde_type, tuple(_KIND_OF))
+    checks.latents("model_output", model_output)
     velocity, current = model_output.float(), sample.float()
     index = _step_indices(scheduler, timestep)
     sigmas = scheduler.sigmas.detach().cpu()
@@ -148,7 +148,7 @@ class PerPromptStatTracker:
         Raises:
             TypeError, ValueError: wrong type, shape or value.
         """
-        _checks.choice("type", type, _TYPES)
+        checks.choice("type", type, _TYPES)
         values = np.asarray(rewards, dtype=np.float64)
         if values.ndim not in (1, 2) or len(values) != len(prompts):
             raise ValueError(

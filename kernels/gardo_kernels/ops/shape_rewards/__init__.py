@@ -7,15 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gardo_kernels import _backends, _checks, _native
-from gardo_kernels._operators import operator, without_grad
-from gardo_kernels.ops.shape_rewards import reference
+from gardo_kernels import backends, checks
+from gardo_kernels.operators import operator
+from gardo_kernels.ops.shape_rewards import native
 
 __all__ = ["ShapedRewards", "shape_rewards"]
-
-ADVANTAGE_NORMS = ("none", "group_std", "global_std")
-GATES = ("paper", "official", "all", "off")
-SCOPES = ("batch", "group")
 
 
 class ShapedRewards(NamedTuple):
@@ -28,46 +24,19 @@ class ShapedRewards(NamedTuple):
     mean_uncertainty: Tensor
 
 
-#: Backends by name, best first.
-BACKENDS: dict[str, _backends.Availability] = {
-    "native": _backends.native_any_device,
-    "reference": _backends.always,
-}
+#: Backends by name, best first: the files of this folder.
+BACKENDS = backends.discover(__name__, __path__)
 
 
-def _kernel(
-    proxy: Tensor,
-    aux: Tensor,
-    group_ids: Tensor,
-    distance: Tensor | None,
-    fraction: float,
-    fraction_tensor: Tensor | None,
-    advantage_norm: str,
-    gate: str,
-    scope: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = (advantage_norm, gate, scope)
-    share = fraction if fraction_tensor is None else fraction_tensor.to(torch.float64)
-    if backend == "native":
-        return _native.shape_rewards(
-            proxy.contiguous(),
-            aux.contiguous(),
-            group_ids.contiguous(),
-            None if distance is None else distance.contiguous(),
-            share,
-            *options,
-        )
-    return reference.shape_rewards(proxy, aux, group_ids, distance, share, *options)
+def _outputs(proxy: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    rows, mask = (
+        (torch.empty_like(proxy) for _ in range(2)),
+        torch.empty_like(proxy, dtype=torch.bool),
+    )
+    return (*rows, mask, proxy.new_empty(()), proxy.new_empty(()))
 
 
-def _fake(proxy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    advantage, uncertainty = torch.empty_like(proxy), torch.empty_like(proxy)
-    mask = torch.empty_like(proxy, dtype=torch.bool)
-    return advantage, uncertainty, mask, proxy.new_empty(()), proxy.new_empty(())
-
-
-_shape_rewards = operator("shape_rewards", _kernel, _fake)
+_shape_rewards = operator(native.shape_rewards, _outputs)
 
 
 def shape_rewards(
@@ -118,20 +87,21 @@ def shape_rewards(
     """
     _check_rewards(proxy, aux, group_ids, distance)
     fraction = _check_fraction(fraction)
-    _checks.choice("advantage_norm", advantage_norm, ADVANTAGE_NORMS)
-    _checks.choice("gate", gate, GATES)
-    _checks.choice("scope", scope, SCOPES)
-    chosen = _backends.select("shape_rewards", backend, proxy.device, proxy.dtype, BACKENDS)
+    checks.choice("advantage_norm", advantage_norm, native.ADVANTAGE_NORMS)
+    checks.choice("gate", gate, native.GATES)
+    checks.choice("scope", scope, native.SCOPES)
+    chosen = backends.select("shape_rewards", backend, proxy.device, proxy.dtype, BACKENDS)
 
     given = (proxy, aux) if distance is None else (proxy, aux, distance)
     # The native kernel of the CPU reads and writes float32 itself.
     itself = chosen == "native" and proxy.is_cpu and all(v.dtype == torch.float32 for v in given)
     proxy_in, aux_in, *distance_in = (
-        without_grad(value if itself else value.to(torch.float64)) for value in given
+        value if itself else value.to(torch.float64) for value in given
     )
     number, tensor = (0.0, fraction) if isinstance(fraction, Tensor) else (fraction, None)
     shaped = ShapedRewards(
         *_shape_rewards(
+            chosen,
             proxy_in,
             aux_in,
             group_ids,
@@ -141,7 +111,6 @@ def shape_rewards(
             advantage_norm,
             gate,
             scope,
-            chosen,
         )
     )
     if itself or proxy.dtype == torch.float64:
@@ -152,26 +121,26 @@ def shape_rewards(
 
 
 def _check_rewards(proxy: Any, aux: Any, group_ids: Any, distance: Any) -> None:
-    _checks.floating("proxy", proxy)
+    checks.floating("proxy", proxy)
     if proxy.dim() != 1:
         raise ValueError(f"proxy: expected shape [N], got {list(proxy.shape)}")
     count, device = proxy.shape[0], proxy.device
-    _checks.floating("aux", aux)
+    checks.floating("aux", aux)
     if aux.dim() != 2 or aux.shape[1] != count:
         raise ValueError(f"aux: expected shape [K, {count}], got {list(aux.shape)}")
-    _checks.same_device("aux", aux, device)
-    _checks.group_ids(group_ids, count, device)
+    checks.same_device("aux", aux, device)
+    checks.group_ids(group_ids, count, device)
     if distance is not None:
-        _checks.per_sample("distance", distance, count, device)
+        checks.per_sample("distance", distance, count, device)
 
 
 def _check_fraction(fraction: Any) -> float | Tensor:
     if not isinstance(fraction, Tensor):
-        return _checks.number("fraction", fraction, low=0.0, high=1.0)
-    _checks.floating("fraction", fraction)
+        return checks.number("fraction", fraction, low=0.0, high=1.0)
+    checks.floating("fraction", fraction)
     if fraction.numel() != 1:
         raise ValueError(f"fraction: expected one value, got shape {list(fraction.shape)}")
     fraction = fraction.detach().reshape(())
     if fraction.device.type == "cpu":
-        return _checks.number("fraction", fraction.item(), low=0.0, high=1.0)
+        return checks.number("fraction", fraction.item(), low=0.0, high=1.0)
     return fraction

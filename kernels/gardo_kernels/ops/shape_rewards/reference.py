@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gardo_kernels import _groups
+from gardo_kernels.groups import group
 from gardo_kernels.ops.win_rate.reference import doubled_wins
 
 _STD_EPS = 1e-4
@@ -16,7 +16,8 @@ def shape_rewards(
     aux: Tensor,
     group_ids: Tensor,
     distance: Tensor | None,
-    fraction: float | Tensor,
+    fraction: float,
+    fraction_tensor: Tensor | None,
     advantage_norm: str,
     gate: str,
     scope: str,
@@ -31,7 +32,9 @@ def shape_rewards(
     advantage = _advantage(proxy, group_ids, distance, valid, advantage_norm)
     ids = group_ids if scope == "group" else None
     uncertainty = _uncertainty(proxy, aux, ids, valid, official=gate == "official")
-    threshold, mean = _threshold(uncertainty, valid, fraction)
+    threshold, mean = _threshold(
+        uncertainty, valid, fraction if fraction_tensor is None else fraction_tensor.double()
+    )
     if gate == "all":
         gated = valid
     elif gate == "off":
@@ -44,7 +47,7 @@ def shape_rewards(
 def _advantage(
     proxy: Tensor, group_ids: Tensor, distance: Tensor | None, valid: Tensor, norm: str
 ) -> Tensor:
-    groups = _groups.group(group_ids)
+    groups = group(group_ids)
     centred = proxy - groups.mean(proxy, valid)
     advantage = centred
     if norm == "group_std":
