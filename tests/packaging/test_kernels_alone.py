@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,9 +80,9 @@ runpy.run_module("gardo_kernels", run_name="__main__", alter_sys=True)
 """
 
 
-def test_kernels_and_compat_run_with_torch_alone(tmp_path: Path) -> None:
+def _run_with_torch_alone(tmp_path: Path, code: str) -> str:
     script = tmp_path / "torch_alone.py"
-    script.write_text(TORCH_ALONE + EVERYTHING)
+    script.write_text(TORCH_ALONE + code)
     done = subprocess.run(
         [sys.executable, "-I", str(script), str(ROOT / "kernels")],
         cwd=tmp_path,
@@ -90,8 +91,19 @@ def test_kernels_and_compat_run_with_torch_alone(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "compat: all of it ran" in done.stdout
-    assert "every available backend is right" in done.stdout
+    return done.stdout
+
+
+def test_kernels_and_compat_run_with_torch_alone(tmp_path: Path) -> None:
+    printed = _run_with_torch_alone(tmp_path, EVERYTHING)
+    assert "compat: all of it ran" in printed
+    assert "every available backend is right" in printed
+
+
+def test_the_example_of_the_readme_runs_with_torch_alone(tmp_path: Path) -> None:
+    readme = (ROOT / "kernels" / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert "done" in _run_with_torch_alone(tmp_path, example + "\nprint('done')")
 
 
 def _import_gardo(tmp_path: Path, *path: Path) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,7 @@
 """The two distributions of a release, gardo and gardo-kernels: `python -m build` of both folders.
 
 They are built from a copy whose version was changed in the one place where it stands, without the
-C++ core; CI's step "sdist and wheel" builds them with it.
+C++ core; CI's step "sdists and wheels" builds them with it.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ def build(
     folder = tmp_path_factory.mktemp("release")
     copy_checkout(folder / "source")
     init = folder / "source" / "kernels" / "gardo_kernels" / "__init__.py"
-    text, count = re.subn('(?m)^__version__ = ".*"$', f'__version__ = "{VERSION}"', init.read_text())
-    assert count == 1
-    init.write_text(text)
+    lines = re.sub('(?m)^__version__ = ".*"$', f'__version__ = "{VERSION}"', init.read_text())
+    init.write_text(lines)
 
     def run(name: str) -> Distribution:
         out = folder / f"dist-{name or 'gardo'}"
