@@ -47,5 +47,6 @@ asan:  ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 
 clean:  ## build outputs and caches
 	rm -rf $(BUILD) dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf kernels/build kernels/dist kernels/*.egg-info
 	rm -f kernels/gardo_kernels/_C*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,126 +1,87 @@
-"""Builds the C++ core (`gardo_kernels._C`) with CMake; all metadata is in pyproject.toml.
+"""What the distribution `gardo` holds and needs; the rest of its metadata is in pyproject.toml.
 
-Environment switches:
-
-- ``GARDO_NO_NATIVE=1`` installs without the C++ core (no compiler needed).
-- ``GARDO_CUDA=auto|on|off`` builds the CUDA part: when nvcc is found (default), always, never.
-- ``CMAKE_ARGS`` is passed to CMake as it is.
+- In a checkout, `kernels/` stands beside this file: an install takes `gardo_kernels` in and builds
+  its C++ core (kernels/setup.py, which has the environment switches), so it needs no index for it.
+- A release is built from the sdist (`python -m build`), which leaves `kernels/` and `csrc/` out:
+  `gardo` alone, in plain Python, that requires gardo-kernels of its own version.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import shlex
-import shutil
-import subprocess
-import sys
+import re
 from pathlib import Path
+from types import ModuleType
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
-NO_NATIVE = "GARDO_NO_NATIVE"
-CUDA_CHOICES = ("auto", "on", "off")
+KERNELS = ROOT / "kernels"
+IS_CHECKOUT = KERNELS.is_dir()
+
+DEPENDENCIES = [
+    # Triton is not listed: the CUDA builds of torch bring the version that they were built for.
+    "torch>=2.8",
+    "diffusers>=0.37",
+    "transformers>=5.0",
+    "peft>=0.18",
+    "accelerate>=1.10",
+    "safetensors>=0.5",
+    "huggingface_hub>=1.0",
+    "numpy>=1.26",
+    "pillow>=10.0",
+    "matplotlib>=3.8",
+    "pydantic>=2.7",
+    "pyyaml>=6.0",
+    "jinja2>=3.1",
+    "tqdm>=4.66",
+]
 
 
-class CMakeExtension(Extension):
-    """An extension whose sources are known to CMake alone."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, sources=[])
-
-
-class CMakeBuild(build_ext):
-    """Configures and builds one CMake target per extension, into the place setuptools expects."""
-
-    def build_extension(self, ext: Extension) -> None:
-        if not isinstance(ext, CMakeExtension):
-            super().build_extension(ext)
-            return
-        output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = Path(self.build_temp).resolve() / "cmake"
-        build_dir.mkdir(parents=True, exist_ok=True)
-        build_type = "Debug" if self.debug else "Release"
-        configure = [
-            _cmake(), "-S", str(ROOT), "-B", str(build_dir),
-            f"-DCMAKE_BUILD_TYPE={build_type}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={_pybind11_cmake_dir()}",
-            f"-DGARDO_CUDA={_cuda_choice()}",
-            *_generator(build_dir),
-            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
-        ]  # fmt: skip
-        jobs = str(self.parallel or os.cpu_count() or 1)
-        build = [_cmake(), "--build", str(build_dir), "--target", "_C", "--parallel", jobs]
-        for command in (configure, build):
-            if subprocess.run(command, check=False).returncode != 0:
-                raise SystemExit(_advice("CMake failed, see its messages above"))
-        if not output.is_file():
-            raise SystemExit(_advice(f"CMake did not produce {output}"))
-
-
-def _advice(problem: str) -> str:
-    return (
-        f"\ngardo: the C++ core could not be built: {problem}.\n"
-        "It needs a C++17 compiler (Debian/Ubuntu: apt install g++; Fedora: dnf install gcc-c++).\n"
-        f"To install without it: {NO_NATIVE}=1 pip install ...  (the CPU kernels then run in "
-        "plain PyTorch, slower)\n"
-    )
-
-
-def _cmake() -> str:
-    found = shutil.which("cmake")
+def _version() -> str:
+    """That of the kernels beside, which the metadata of an sdist repeats."""
+    if IS_CHECKOUT:
+        source = (KERNELS / "gardo_kernels" / "__init__.py").read_text("utf-8")
+        found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    else:
+        found = re.search(r"^Version: (.+)$", (ROOT / "PKG-INFO").read_text("utf-8"), re.MULTILINE)
     if found is None:
-        raise SystemExit(_advice("cmake was not found (pip install cmake ninja pybind11)"))
-    return found
+        raise SystemExit("gardo: no version in kernels/gardo_kernels/__init__.py or PKG-INFO")
+    return found[1]
 
 
-def _pybind11_cmake_dir() -> str:
-    if importlib.util.find_spec("pybind11") is None:
-        raise SystemExit(_advice("pybind11 was not found (pip install cmake ninja pybind11)"))
-    import pybind11
-
-    return str(pybind11.get_cmake_dir())
+VERSION = _version()
+RELEASE_DEPENDENCIES = [*DEPENDENCIES, f"gardo-kernels=={VERSION}"]
+GARDO = find_packages(include=["gardo", "gardo.*"])
 
 
-def _cuda_choice() -> str:
-    choice = os.environ.get("GARDO_CUDA", "auto").lower()
-    if choice not in CUDA_CHOICES:
-        raise SystemExit(f"GARDO_CUDA: expected one of {', '.join(CUDA_CHOICES)}, got {choice!r}")
-    return choice.upper()
+class SourceDistribution(sdist):
+    """The source of a release: its metadata are the release's, not the checkout's."""
 
-
-def _generator(build_dir: Path) -> list[str]:
-    """Ninja where present; the path is given because an isolated build moves it each time."""
-    if (build_dir / "CMakeCache.txt").exists():
-        # A cache from another build environment names programs that are gone.
-        shutil.rmtree(build_dir)
-        build_dir.mkdir(parents=True)
-    ninja = shutil.which("ninja")
-    return ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-
-
-def _has_compiler() -> bool:
-    """True where a compiler is set or found; on Windows CMake finds it by itself."""
-    names = [shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
-    names += ["c++", "g++", "clang++"]
-    return os.name == "nt" or any(shutil.which(name) for name in names)
-
-
-def _extensions() -> list[Extension]:
-    if os.environ.get(NO_NATIVE, "0").lower() not in ("", "0", "false", "no"):
-        return []
-    return [CMakeExtension("gardo_kernels._C")]
-
-
-class CheckedCMakeBuild(CMakeBuild):
     def run(self) -> None:
-        if self.extensions and not _has_compiler():
-            raise SystemExit(_advice("no C++ compiler was found"))
+        distribution = self.distribution
+        distribution.install_requires = RELEASE_DEPENDENCIES
+        distribution.metadata.install_requires = RELEASE_DEPENDENCIES
         super().run()
 
 
-setup(ext_modules=_extensions(), cmdclass={"build_ext": CheckedCMakeBuild})
+def _kernels_build() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("kernels_setup", KERNELS / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if IS_CHECKOUT:
+    build = _kernels_build()
+    setup(
+        version=VERSION,
+        install_requires=DEPENDENCIES,
+        packages=GARDO + find_packages("kernels"),
+        package_dir={"gardo_kernels": "kernels/gardo_kernels"},
+        ext_modules=build.extensions(),
+        cmdclass={"build_ext": build.CMakeBuild, "sdist": SourceDistribution},
+    )
+else:
+    setup(version=VERSION, install_requires=RELEASE_DEPENDENCIES, packages=GARDO)

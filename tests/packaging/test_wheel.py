@@ -1,11 +1,10 @@
-"""What an installed wheel contains, and what it asks for."""
+"""What an install from a checkout contains, and what it asks for."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import zipfile
+from collections.abc import Callable
 from email import message_from_bytes
 from pathlib import Path
 
@@ -16,24 +15,23 @@ HEAVY = {"torchvision", "timm", "open-clip-torch", "open_clip_torch", "mmcv", "d
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+def wheel(
+    tmp_path_factory: pytest.TempPathFactory,
+    copy_checkout: Callable[[Path], None],
+    run_python: Callable[..., None],
+) -> zipfile.ZipFile:
     """A wheel built from this tree, without the C++ core (seconds instead of a minute)."""
     out = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
-        "--no-index", "--wheel-dir", str(out), str(ROOT),
-    ]  # fmt: skip
-    # Outside the tree: what an earlier build left in `build/` must not get into this one.
-    config = out / "extra.cfg"
-    config.write_text(f"[build]\nbuild_base = {out}/build\n[egg_info]\negg_base = {out}\n")
-    env = {**os.environ, "GARDO_NO_NATIVE": "1", "DIST_EXTRA_CONFIG": str(config)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    copy_checkout(out / "source")
+    run_python(
+        *(out, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"),
+        *("--no-index", "--wheel-dir", str(out), str(out / "source")),
+    )
     (path,) = out.glob("gardo-*.whl")
     return zipfile.ZipFile(path)
 
 
-def _tracked_data() -> list[str]:
+def tracked_data() -> list[str]:
     """Data files of the `gardo` package that git tracks: what a user must get."""
     listed = subprocess.run(
         ["git", "ls-files", "gardo"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -44,7 +42,7 @@ def _tracked_data() -> list[str]:
 
 
 def test_wheel_holds_every_tracked_data_file(wheel: zipfile.ZipFile) -> None:
-    missing = sorted(set(_tracked_data()) - set(wheel.namelist()))
+    missing = sorted(set(tracked_data()) - set(wheel.namelist()))
     assert missing == []
 
 
@@ -57,8 +55,9 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: zipfile.ZipFile) -> N
 
 
 def test_wheel_holds_every_module(wheel: zipfile.ZipFile) -> None:
+    kernels = ROOT / "kernels"
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "gardo").rglob("*.py")}
-    modules |= {str(p.relative_to(ROOT / "kernels")) for p in (ROOT / "kernels").rglob("*.py")}
+    modules |= {str(p.relative_to(kernels)) for p in (kernels / "gardo_kernels").rglob("*.py")}
     assert sorted(modules - set(wheel.namelist())) == []
 
 
@@ -75,6 +74,7 @@ def test_base_dependencies_are_light(wheel: zipfile.ZipFile) -> None:
     assert "torch" in base
     assert not base & HEAVY
     assert "triton" not in base  # torch's CUDA builds bring the one that they were built for
+    assert "gardo-kernels" not in base  # it is in the wheel: no index is asked for it
 
 
 def test_kernels_folder_is_not_a_package() -> None:
