@@ -6,8 +6,7 @@ import pytest
 
 from gardo.config import load_config, recipe_description, recipe_names, to_yaml
 from gardo.planning.counts import count_epoch, count_trained_steps
-from gardo.rewards.base import reward_names
-from gardo.rewards.features import feature_names
+from gardo.rewards.registry import feature_names, reward_names
 from gardo.types import UserError
 
 TASKS = ("geneval", "ocr", "pickscore")

@@ -18,8 +18,7 @@ import torch
 from gardo.evaluation.cache import decode_png
 from gardo.evaluation.drawing import shared_noise
 from gardo.evaluation.metrics import mean_pairwise_distance
-from gardo.rewards.base import build_reward
-from gardo.rewards.features import build_features
+from gardo.rewards.registry import build_features, build_reward
 from gardo.rng import generator, normal_rows
 from gardo.tiny.scenes import parse_prompt
 from tests.evaluation import counting
