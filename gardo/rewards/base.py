@@ -37,6 +37,19 @@ class RewardSpec:
     remote: bool = False
 
 
+@dataclass(frozen=True)
+class Backbone:
+    """A model that a reward or a feature extractor loads; those of one name share it.
+
+    Attributes:
+        name: what the planner calls it.
+        bytes: of its weights, in the precision that it has on a GPU by default.
+    """
+
+    name: str
+    bytes: float
+
+
 class RewardUnavailable(UserError):
     """A reward that cannot go on scoring; the run stops with a checkpoint.
 
@@ -50,9 +63,10 @@ class RewardUnavailable(UserError):
 
 
 class Reward(ABC):
-    """Scores images; subclasses set `spec` and implement `score`."""
+    """Scores images; subclasses set `spec`, and `backbones` if any, and implement `score`."""
 
     spec: ClassVar[RewardSpec] = RewardSpec()
+    backbones: ClassVar[tuple[Backbone, ...]] = ()
 
     @abstractmethod
     def score(

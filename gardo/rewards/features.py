@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gardo.rewards.base import Backbone
 from gardo.rewards.objects import check_images, finite_images
 from gardo.tiny.judge import SHIPPED_JUDGE, shared_judge
 
@@ -19,10 +20,12 @@ class FeatureExtractor(ABC):
     Attributes:
         name: what metrics and reports call it.
         dimension: number of features of an image.
+        backbones: the models that it loads, for the planner.
     """
 
     name: ClassVar[str]
     dimension: int
+    backbones: ClassVar[tuple[Backbone, ...]] = ()
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from gardo.rewards.base import Reward
+from gardo.rewards.base import Backbone, Reward
 from gardo.rewards.features import FeatureExtractor
 from gardo.rewards.functions import FunctionReward, is_scoring_function
 from gardo.types import UserError
@@ -87,6 +87,19 @@ def build_reward(name: str, device: torch.device | str = "cpu", **parameters: An
             f"reward '{name}': expected a gardo.rewards.base.Reward, got {type(reward).__name__}"
         )
     return reward
+
+
+def declared_backbones(rewards: Iterable[str], features: str | None) -> list[Backbone]:
+    """The models that rewards and a feature extractor say they load, each once; none is loaded.
+
+    Raises:
+        UserError: as `load_factory`.
+    """
+    known = _all_rewards()
+    factories = [load_factory("reward", name, known) for name in rewards]
+    if features is not None:
+        factories.append(load_factory("feature extractor", features, _FEATURES))
+    return list(dict.fromkeys(b for f in factories for b in getattr(f, "backbones", ())))
 
 
 def feature_names() -> list[str]:
