@@ -23,6 +23,7 @@ from benchmarks.our_epoch import score
 from benchmarks.workload import EPOCH, Workload
 from gardo.algorithms.ema import EMA
 from gardo.algorithms.reference import trained_steps
+from gardo.families import FAMILIES
 from gardo.models.adapters import POLICY, REFERENCE
 from gardo.models.embeddings import EMPTY
 from gardo.rewards.scoring import ScoreBook
@@ -70,7 +71,7 @@ class OfficialEpoch:
         self.work = work
         config = work.config
         sampling = config.sampling
-        guided = sampling.guidance_scale > 1.0 and not work.model.embedded_guidance
+        guided = FAMILIES[work.model.family].guided(sampling.guidance_scale)
         self.uncond = self.encode([EMPTY]) if guided else None  # once per run, here too
         self.noise_level, self.guidance = sampling.noise_level, sampling.guidance_scale
         work.model.schedule(sampling.num_steps, work.resolution)  # sets the scheduler's timesteps

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gardo.models.architectures import Architecture
+from gardo.families import Architecture
 from gardo.rewards.features import FeatureExtractor
 from gardo.rng import generator, normal_rows
 from gardo.types import PromptEmbeds
@@ -56,10 +56,7 @@ class Features(FeatureExtractor):
 
 
 class TextEncoder:
-    """Random prompt embeddings of an architecture's shapes, where `EmbeddingTable` wants a model.
-
-    ``encoder_hidden_states [B, tokens, width]`` and ``pooled_projections [B, width]``.
-    """
+    """Random prompt embeddings in an architecture's shapes, for `EmbeddingTable`."""
 
     def __init__(
         self,
@@ -68,12 +65,7 @@ class TextEncoder:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        config = architecture.transformer
-        tokens = architecture.text_tokens + max_sequence_length
-        self.shapes = {
-            "encoder_hidden_states": (tokens, config["joint_attention_dim"]),
-            "pooled_projections": (config["pooled_projection_dim"],),
-        }
+        self.shapes = architecture.prompt_shapes(max_sequence_length)
         self.dtype = dtype
         self.device = device
 

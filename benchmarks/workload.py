@@ -15,15 +15,12 @@ from benchmarks import stand_ins
 from gardo.config import Config, load_config
 from gardo.data.prompts import PromptSampler, load_prompts
 from gardo.distributed.process import Runtime
+from gardo.families import FAMILIES, Architecture
 from gardo.models.adapters import POLICY, LoraAdapters
-from gardo.models.architectures import (
-    Architecture,
-    build_transformer,
-    build_vae,
-)
+from gardo.models.architectures import build_transformer, build_vae
 from gardo.models.base import Schedule
 from gardo.models.embeddings import EmbeddingTable
-from gardo.models.loading import DTYPES, FAMILIES, configure, load_model
+from gardo.models.loading import DTYPES, configure, load_model, model_class
 from gardo.models.pipeline import PipelineModel
 from gardo.rewards.scoring import RewardSet
 from gardo.rng import derive_seed
@@ -187,7 +184,7 @@ def build_workload(
     store_weights(model.transformer, torch.float32)
 
     prompts = epoch_prompts(config, source)
-    encodes = getattr(model.pipeline, model.text_encoders[0]) is not None
+    encodes = getattr(model.pipeline, FAMILIES[model.family].text_encoders[0]) is not None
     started = time.perf_counter()
     encoder = model
     if not encodes:
@@ -248,10 +245,8 @@ def random_model(arch: Architecture, config: Config, device: torch.device) -> Pi
     else:
         pipeline = _without_encoders(arch, device)
     pipeline.vae.to(DTYPES[config.model.vae_dtype or "fp32"])
-    model: PipelineModel = FAMILIES[arch.family][1](
-        pipeline, device, config.model.max_sequence_length
-    )
-    return model
+    wrap = model_class(FAMILIES[arch.family])
+    return wrap(pipeline, device, config.model.max_sequence_length)
 
 
 def _without_encoders(arch: Architecture, device: torch.device) -> Any:
@@ -259,7 +254,7 @@ def _without_encoders(arch: Architecture, device: torch.device) -> Any:
 
     with device:  # where billions of random numbers are drawn in a moment
         transformer, vae = build_transformer(arch), build_vae(arch)
-    kind: Any = getattr(diffusers, FAMILIES[arch.family][0])
+    kind: Any = getattr(diffusers, FAMILIES[arch.family].pipeline)
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in arch.text_encoders]
     return kind(
         transformer=transformer,

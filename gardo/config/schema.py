@@ -26,6 +26,7 @@ from gardo.config.fields import (
     key,
     section,
 )
+from gardo.families import FAMILIES
 
 
 class LoraConfig(Section):
@@ -40,7 +41,9 @@ class ModelConfig(Section):
     path: str = key("builtin:tiny", "hub id, folder, or builtin:tiny")
     revision: str | None = key(None, "hub revision")
     variant: str | None = key(None, "weight variant, such as fp16")
-    family: Literal["auto", "sd3", "flux"] = key("auto", "auto reads model_index.json")
+    family: Literal[("auto", *FAMILIES)] = key(  # type: ignore[valid-type]
+        "auto", "auto reads model_index.json"
+    )
     max_sequence_length: Positive = key(128, "T5 tokens per prompt")
     embedding_cache: str | None = key(None, "folder that keeps prompt embeddings between runs")
     full_finetune: bool = key(False, "train all transformer weights instead of LoRA")
@@ -74,7 +77,7 @@ class PromptsConfig(Section):
 
 class SamplingConfig(Section):
     num_steps: Annotated[int, Field(ge=2)] = key(10, "denoising steps of a rollout")
-    guidance_scale: NonNegativeFloat = key(1.0, "guidance; for sd3, 1 or less switches it off")
+    guidance_scale: NonNegativeFloat = key(1.0, "guidance; classifier-free: off at 1 or less")
     noise_level: Annotated[float, Field(gt=0.0, le=2.0)] = key(0.7, "eta of the SDE")
     sde: Literal["flow", "cps", "dance"] = key("flow", "SDE variant")
     solver: Literal["euler", "dpm2"] = key(

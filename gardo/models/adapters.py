@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gardo.checkpointing.state_tensors import sharded_like, to_host, whole
 from gardo.config import ModelConfig
+from gardo.families import FAMILIES
 from gardo.models.base import FlowModel
 from gardo.types import UserError
 
@@ -31,7 +32,7 @@ class LoraAdapters:
         from peft import LoraConfig
 
         lora = config.lora
-        targets = list(lora.targets or model.lora_targets)
+        targets = list(lora.targets or FAMILIES[model.family].lora_targets)
         peft_config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,

@@ -49,13 +49,11 @@ class FlowModel(Protocol):
     to its own precision inside.
     """
 
-    family: str
+    family: str  # a key of `gardo.families.FAMILIES`
     transformer: nn.Module
     module: nn.Module  # what `velocity` calls: the transformer, or what wraps it to share the work
-    lora_targets: Sequence[str]
     device: torch.device
     default_resolution: int
-    embedded_guidance: bool  # the transformer is told the guidance scale; no empty prompt
     rows: int  # transformer rows run so far
 
     def latent_shape(self, resolution: int) -> tuple[int, ...]:

@@ -17,23 +17,6 @@ class FluxModel(PipelineModel):
     """`gardo.models.base.FlowModel` of a `FluxPipeline`; latents are ``[B, tokens, 4 C]``."""
 
     family = "flux"
-    text_encoders = ("text_encoder", "text_encoder_2")
-    embedded_guidance = True  # the transformer is told the scale; there is no empty prompt
-    # attention and feed-forward, as the official recipes; single blocks have attention alone
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-    )
 
     @property
     def default_resolution(self) -> int:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from gardo.config import ModelConfig
+from gardo.families import FAMILIES, Family
 from gardo.models.attention import set_attention_backend
 from gardo.models.base import FlowModel
-from gardo.models.flux import FluxModel
 from gardo.models.pipeline import PipelineModel
-from gardo.models.sd3 import SD3Model
 from gardo.types import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FAMILIES: dict[str, tuple[str, type]] = {
-    "sd3": ("StableDiffusion3Pipeline", SD3Model),
-    "flux": ("FluxPipeline", FluxModel),
-}
 
 
 def load_model(config: ModelConfig, device: torch.device, precision: str) -> FlowModel:
@@ -31,14 +27,13 @@ def load_model(config: ModelConfig, device: torch.device, precision: str) -> Flo
         UserError: the folder or hub repository is missing, gated, incomplete or of another class.
     """
     path = resolve_path(config.path)
-    class_name = pipeline_class(path, config)
-    family = _family(class_name, config)
+    family = family_of(pipeline_class(path, config), config.path, config.family)
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):  # a bar per component says nothing
         library.utils.logging.disable_progress_bar()
-    pipeline_type: Any = getattr(diffusers, FAMILIES[family][0])
+    pipeline_type: Any = getattr(diffusers, family.pipeline)
     try:
         pipeline = pipeline_type.from_pretrained(
             path,
@@ -51,9 +46,34 @@ def load_model(config: ModelConfig, device: torch.device, precision: str) -> Flo
     except (OSError, ValueError) as error:
         raise UserError(f"model.path '{config.path}' cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    model = FAMILIES[family][1](pipeline, device, config.max_sequence_length)
+    model: Any = model_class(family)(pipeline, device, config.max_sequence_length)
     configure(model, config)
-    return model
+    return cast(FlowModel, model)
+
+
+def model_class(family: Family) -> type[PipelineModel]:
+    """What wraps the pipelines of a family."""
+    module, _, name = family.model.partition(":")
+    return cast(type[PipelineModel], getattr(importlib.import_module(module), name))
+
+
+def family_of(class_name: str, path: str, wanted: str = "auto") -> Family:
+    """The family of a pipeline's class.
+
+    Args:
+        class_name: as ``model_index.json`` names it.
+        path: of the model, for the message.
+        wanted: the family that it must be of, or auto.
+
+    Raises:
+        UserError: a class of no family, or of another one.
+    """
+    families = [f for f in FAMILIES.values() if wanted in ("auto", f.name)]
+    for family in families:
+        if family.pipeline == class_name:
+            return family
+    expected = " or ".join(family.pipeline for family in families)
+    raise UserError(f"model.path '{path}': expected a {expected}, got a {class_name}")
 
 
 def configure(model: PipelineModel, config: ModelConfig) -> None:
@@ -129,15 +149,3 @@ def _download_index(path: str, config: ModelConfig) -> Path:
         raise UserError(
             f"model.path '{path}': no such folder, and the hub cannot be asked for it: {error}"
         ) from None
-
-
-def _family(class_name: str, config: ModelConfig) -> str:
-    for family, (pipeline, _) in FAMILIES.items():
-        if class_name == pipeline and config.family in ("auto", family):
-            return family
-    wanted = (
-        FAMILIES[config.family][0]
-        if config.family in FAMILIES
-        else " or ".join(pipeline for pipeline, _ in FAMILIES.values())
-    )
-    raise UserError(f"model.path '{config.path}': expected a {wanted}, got a {class_name}")

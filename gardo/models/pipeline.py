@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gardo.families import FAMILIES
 from gardo.types import UserError
 
 
 class PipelineModel:
     """Base of the families; see `gardo.models.base.FlowModel` for the interface."""
 
-    text_encoders: ClassVar[tuple[str, ...]] = ()
+    family: ClassVar[str]
 
     def __init__(self, pipeline: Any, device: torch.device, max_sequence_length: int) -> None:
         for module in pipeline.components.values():
@@ -45,7 +46,7 @@ class PipelineModel:
         Raises:
             RuntimeError: `release_text_encoders` was called.
         """
-        for name in self.text_encoders:
+        for name in FAMILIES[self.family].text_encoders:
             encoder = getattr(self.pipeline, name)
             if encoder is None:
                 raise RuntimeError(
@@ -54,7 +55,7 @@ class PipelineModel:
             encoder.to(self.device)
 
     def release_text_encoders(self, place_transformer: bool = True) -> None:
-        for name in self.text_encoders:
+        for name in FAMILIES[self.family].text_encoders:
             setattr(self.pipeline, name, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -62,8 +63,8 @@ class PipelineModel:
 
     def compile_blocks(self) -> None:
         """torch.compile each transformer block, which compiles once for all blocks of a kind."""
-        for name in ("transformer_blocks", "single_transformer_blocks"):
-            for block in getattr(self.transformer, name, ()):
+        for name in FAMILIES[self.family].blocks:
+            for block in getattr(self.transformer, name):
                 block.compile()
 
     @torch.inference_mode()

@@ -16,19 +16,6 @@ class SD3Model(PipelineModel):
     """`gardo.models.base.FlowModel` of a `StableDiffusion3Pipeline`."""
 
     family = "sd3"
-    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    embedded_guidance = False
-    # the attention projections of the official recipes; the last block has no to_add_out
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
 
     @property
     def default_resolution(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from gardo.algorithms.nft import count_noise_levels
 from gardo.algorithms.reference import trained_steps
 from gardo.config import Config
+from gardo.families import Family
 from gardo.models.base import Schedule
 from gardo.sampling.plan import EpochPlan, batches, plan_epoch
 from gardo.sampling.steps import sde_window, step_table
@@ -58,16 +59,15 @@ class EpochCounts:
     padded_train: int
 
 
-def count_epoch(config: Config, processes: int, embedded_guidance: bool) -> EpochCounts:
+def count_epoch(config: Config, processes: int, family: Family) -> EpochCounts:
     """Count an epoch with the same functions that run it.
 
     Args:
         processes: processes, one per GPU.
-        embedded_guidance: the model takes guidance as an input, so there is no empty prompt.
+        family: of the model, which decides whether guidance takes rows of its own.
     """
     prompts, sampling, train = config.prompts, config.sampling, config.train
-    guided = sampling.guidance_scale > 1.0 and not embedded_guidance
-    rows = 2 if guided else 1
+    rows = 2 if family.guided(sampling.guidance_scale) else 1
     plans = [
         plan_epoch(prompts.per_epoch, prompts.group_size, train.updates_per_epoch, r, processes)
         for r in range(processes)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from gardo.config import Config
 from gardo.data.prompts import load_prompts
-from gardo.models.architectures import Architecture, Counts, architecture_of, count_parameters
+from gardo.families import FAMILIES, Architecture
+from gardo.models.architectures import Counts, architecture_of, count_parameters
 from gardo.planning.counts import EpochCounts, count_epoch
 from gardo.planning.memory import MemoryEstimate, estimate_memory
 from gardo.planning.rates import GPU
@@ -57,7 +58,7 @@ class Planner:
 
     def counts(self, config: Config) -> EpochCounts:
         """Samples, rows and batches of an epoch."""
-        return count_epoch(config, self.processes, self.architecture.model_class.embedded_guidance)
+        return count_epoch(config, self.processes, FAMILIES[self.architecture.family])
 
     def decode(self, config: Config) -> DecodeCosts:
         """Costs of decoding a rollout batch with the configuration's options."""

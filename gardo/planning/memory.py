@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from gardo.config import Config
-from gardo.models.architectures import Architecture, Counts
+from gardo.families import Architecture
+from gardo.models.architectures import Counts
 from gardo.planning.counts import EpochCounts
 from gardo.planning.simulation import DecodeCosts, SampleCosts
+from gardo.rewards.registry import declared_backbones
 
 GIB = 2**30
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -16,20 +19,6 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 CONTEXT_BYTES = int(1.0 * GIB)
 # share of what torch allocates that the caching allocator cannot use; an assumption
 FRAGMENTATION = 0.05
-
-# Backbones of the built-in rewards and features: parameters, rounded, as published. They run in
-# half precision; rewards that share a backbone load it once. What is not listed runs on the CPU.
-_CLIP_L = ("CLIP ViT-L/14", 0.43e9)
-_BACKBONES: dict[str, tuple[tuple[str, float], ...]] = {
-    "aesthetic": (_CLIP_L,),
-    "clipscore": (_CLIP_L,),
-    "dinov3": (("DINOv3 ViT-L/16", 0.30e9),),
-    "geneval": (("Mask2Former Swin-S", 0.07e9), _CLIP_L),
-    "hpsv2": (("HPSv2 ViT-H/14", 0.99e9),),
-    "hpsv3": (("Qwen2-VL-7B", 8.29e9),),
-    "imagereward": (("BLIP-L", 0.45e9),),
-    "pickscore": (("CLIP ViT-H/14", 0.99e9),),
-}
 
 
 @dataclass(frozen=True)
@@ -128,19 +117,16 @@ def activation_bytes(config: Config, sample: SampleCosts) -> int:
 
 def embedding_bytes(config: Config, architecture: Architecture) -> int:
     """Bytes of one prompt's embeddings, in the precision of the encoders."""
-    c = architecture.transformer
-    tokens = architecture.text_tokens + config.model.max_sequence_length
-    values = tokens * c["joint_attention_dim"] + c["pooled_projection_dim"]
-    return int(values * BYTES[config.precision])
+    shapes = architecture.prompt_shapes(config.model.max_sequence_length)
+    return sum(map(prod, shapes.values())) * BYTES[config.precision]
 
 
 def reward_items(config: Config) -> list[Item]:
-    """Backbones of the rewards and the feature extractor, each once; servers have their own."""
+    """Backbones that the rewards and the extractor declare, each once; servers have their own."""
     rewards = config.rewards
     names = {*rewards.proxy_weights, *rewards.aux, *rewards.eval} - rewards.servers.keys()
-    names.add(rewards.features or "")
-    backbones = {b: count for name in sorted(names) for b, count in _BACKBONES.get(name, ())}
-    return [Item(name, 2 * count) for name, count in backbones.items()]
+    backbones = declared_backbones(sorted(names), rewards.features)
+    return [Item(backbone.name, backbone.bytes) for backbone in backbones]
 
 
 def _weights(config: Config, parameters: Counts, trainable: int, processes: int) -> list[Item]:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gardo.config import Config
-from gardo.models.architectures import Architecture, Counts
+from gardo.families import Architecture
+from gardo.models.architectures import Counts
 from gardo.planning.advice import Advice
 from gardo.planning.counts import EpochCounts
 from gardo.planning.estimate import Rates, TimeEstimate

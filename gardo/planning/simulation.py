@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from gardo.config import Config
+from gardo.families import FAMILIES, Architecture
 from gardo.models.adapters import POLICY, build_adapters
-from gardo.models.architectures import Architecture, build_transformer, build_vae, parameter_count
+from gardo.models.architectures import build_transformer, build_vae, parameter_count
 from gardo.models.loading import DTYPES
 
 # flash attention needs heads of at most 256; above (the VAE's) torch falls back to other kernels
@@ -141,8 +142,8 @@ def simulate(config: Config, architecture: Architecture) -> SampleCosts:
     dtype = DTYPES[config.precision]
     resolution = resolution_of(config, architecture)
     transformer, trainable = _transformer(config, architecture, dtype)
-    guided = config.sampling.guidance_scale > 1.0
-    rows = 2 if guided and not architecture.model_class.embedded_guidance else 1
+    family = FAMILIES[architecture.family]
+    rows = 2 if family.guided(config.sampling.guidance_scale) else 1
     inputs = transformer_inputs(architecture, rows, resolution, config, dtype)
     known = [*transformer.parameters(), *transformer.buffers(), *inputs.values()]
 
@@ -152,7 +153,7 @@ def simulate(config: Config, architecture: Architecture) -> SampleCosts:
     with torch.no_grad(), GPUArithmetic(dtype), StorageTracker(known) as inference:
         forward()
 
-    block_bytes = _BlockWatch(transformer)
+    block_bytes = _BlockWatch(transformer, family.blocks)
     with StorageTracker(known) as training, FlopCounterMode(display=False) as flops:
         block_bytes.tracker = training
         with GPUArithmetic(dtype):
@@ -197,9 +198,7 @@ def _transformer(
         transformer = nn.Module.to(build_transformer(architecture), dtype).requires_grad_(False)
         if config.model.full_finetune:  # the float32 master weights are counted elsewhere
             return transformer.requires_grad_(True), parameter_count(transformer)
-        holder: Any = SimpleNamespace(
-            transformer=transformer, lora_targets=architecture.model_class.lora_targets
-        )
+        holder: Any = SimpleNamespace(transformer=transformer, family=architecture.family)
         adapters = build_adapters(holder, config.model, seed=0)
     return transformer, sum(p.numel() for p in adapters.parameters(POLICY).values())
 
@@ -208,37 +207,20 @@ def transformer_inputs(
     architecture: Architecture, rows: int, resolution: int, config: Config, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Empty inputs of a transformer on the meta device, of the shapes that a run gives it."""
-    c = architecture.transformer
-    text = architecture.text_tokens + config.model.max_sequence_length
-    side = resolution // architecture.vae_scale
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta", dtype=dtype)
-
-    inputs = {
-        "encoder_hidden_states": empty(rows, text, c["joint_attention_dim"]),
-        "pooled_projections": empty(rows, c["pooled_projection_dim"]),
-        "timestep": empty(rows),
-    }
-    if architecture.family == "sd3":
-        return {"hidden_states": empty(rows, c["in_channels"], side, side), **inputs}
-    tokens = (side // 2) ** 2
-    inputs |= {"txt_ids": empty(text, 3), "img_ids": empty(tokens, 3)}
-    if c.get("guidance_embeds"):
-        inputs["guidance"] = empty(rows)
-    return {"hidden_states": empty(rows, tokens, c["in_channels"]), **inputs}
+    shapes = architecture.inputs(rows, resolution, config.model.max_sequence_length)
+    return {n: torch.empty(shape, device="meta", dtype=dtype) for n, shape in shapes.items()}
 
 
 class _BlockWatch:
     """Notes the most that one transformer block leaves alive."""
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: nn.Module, lists: Iterable[str]) -> None:
         self.tracker: StorageTracker | None = None
         self.largest = 0
         self._before = 0
         self._hooks: list[Any] = []
-        for name in ("transformer_blocks", "single_transformer_blocks"):
-            for block in getattr(transformer, name, []):
+        for name in lists:
+            for block in getattr(transformer, name):
                 self._hooks.append(block.register_forward_pre_hook(self._enter))
                 self._hooks.append(block.register_forward_hook(self._leave))
 

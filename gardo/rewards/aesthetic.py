@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gardo.rewards.backbones import CLIP_LARGE, clip_backbone
+from gardo.rewards.backbones import CLIP_LARGE, CLIP_LARGE_BACKBONE, clip_backbone
 from gardo.rewards.base import Reward, RewardSpec
 from gardo.rewards.heads import LinearHead
 from gardo.rewards.preprocess import check_batch
@@ -32,6 +32,7 @@ class AestheticReward(Reward):
     """
 
     spec: ClassVar[RewardSpec] = RewardSpec(needs_prompt=False, batch_size=64)
+    backbones = (CLIP_LARGE_BACKBONE,)
 
     def __init__(
         self,

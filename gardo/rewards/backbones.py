@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gardo.rewards.base import Backbone
 from gardo.rewards.objects import check_images, finite_images
 from gardo.rewards.preprocess import ImageTransform
 from gardo.rewards.pretrained import (
@@ -21,6 +22,7 @@ from gardo.rewards.pretrained import (
 from gardo.types import UserError
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
+CLIP_LARGE_BACKBONE = Backbone("CLIP ViT-L/14", 2 * 0.43e9)
 MAX_CACHED_TEXTS = 20_000
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gardo.rewards.backbones import CLIP_LARGE, ClipBackbone, clip_backbone
+from gardo.rewards.backbones import CLIP_LARGE, CLIP_LARGE_BACKBONE, ClipBackbone, clip_backbone
 from gardo.rewards.base import Reward, RewardSpec
 from gardo.rewards.preprocess import check_batch
 from gardo.rewards.pretrained import compute_dtype
@@ -39,6 +39,7 @@ class CLIPScoreReward(ClipCosineReward):
     """
 
     spec: ClassVar[RewardSpec] = RewardSpec(value_range=(-1.0, 1.0), batch_size=64)
+    backbones = (CLIP_LARGE_BACKBONE,)
 
     def __init__(
         self,

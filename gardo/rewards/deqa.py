@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gardo.rewards.base import Reward, RewardSpec
+from gardo.rewards.base import Backbone, Reward, RewardSpec
 from gardo.rewards.mplug_owl2 import (
     AbstractorSizes,
     LanguageSizes,
@@ -52,6 +52,7 @@ class DeQAReward(Reward):
     spec: ClassVar[RewardSpec] = RewardSpec(
         value_range=(1.0, 5.0), needs_prompt=False, batch_size=16
     )
+    backbones = (Backbone("mPLUG-Owl2", 2 * 8.2e9),)
 
     def __init__(
         self,

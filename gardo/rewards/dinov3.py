@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gardo.rewards.base import Backbone
 from gardo.rewards.features import FeatureExtractor
 from gardo.rewards.objects import check_images, finite_images
 from gardo.rewards.pretrained import compute_dtype, load_pretrained, load_transform, shared
@@ -19,6 +20,7 @@ class DINOv3Features(FeatureExtractor):
     """Global feature of a DINOv3 vision transformer (Siméoni et al., arXiv 2508.10104)."""
 
     name = "dinov3"
+    backbones = (Backbone("DINOv3 ViT-L/16", 2 * 0.30e9),)
 
     def __init__(
         self,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gardo.rewards.base import load_factory
+from gardo.rewards.base import Backbone
 from gardo.rewards.objects import check_images, finite_images
 from gardo.tiny.judge import SHIPPED_JUDGE, shared_judge
-from gardo.types import UserError
 
 
 class FeatureExtractor(ABC):
@@ -21,10 +20,12 @@ class FeatureExtractor(ABC):
     Attributes:
         name: what metrics and reports call it.
         dimension: number of features of an image.
+        backbones: the models that it loads, for the planner.
     """
 
     name: ClassVar[str]
     dimension: int
+    backbones: ClassVar[tuple[Backbone, ...]] = ()
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
@@ -58,39 +59,3 @@ class JudgeFeatures(FeatureExtractor):
         safe, finite = finite_images(images.to(self.device))
         features = self.judge(safe).features
         return features.where(finite[:, None], torch.nan).to(images.device)
-
-
-# name -> "module:class"; a class is imported only when a recipe asks for it.
-_REGISTRY: dict[str, str] = {
-    "judge": "gardo.rewards.features:JudgeFeatures",
-    "dinov3": "gardo.rewards.dinov3:DINOv3Features",
-}
-
-
-def feature_names() -> list[str]:
-    """Names of the built-in feature extractors."""
-    return sorted(_REGISTRY)
-
-
-def build_features(
-    name: str, device: torch.device | str = "cpu", **parameters: Any
-) -> FeatureExtractor:
-    """Build a feature extractor by name or by Python path ``module:attribute``.
-
-    The attribute is called with ``device`` and the recipe's parameters.
-
-    Raises:
-        UserError: unknown name, module or attribute, a refused parameter value, or a result that
-            is no `FeatureExtractor`.
-    """
-    factory = load_factory("feature extractor", name, _REGISTRY)
-    try:
-        features = factory(device=device, **parameters)
-    except ValueError as error:
-        raise UserError(f"feature extractor '{name}': {error}") from error
-    if not isinstance(features, FeatureExtractor):
-        raise UserError(
-            f"feature extractor '{name}': expected a gardo.rewards.features.FeatureExtractor, "
-            f"got {type(features).__name__}"
-        )
-    return features

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gardo.rewards.backbones import CLIP_LARGE, ClipBackbone, load_clip_tokenizer
-from gardo.rewards.base import RewardSpec
+from gardo.rewards.base import Backbone, RewardSpec
 from gardo.rewards.clipscore import ClipCosineReward
 from gardo.rewards.preprocess import ImageTransform
 from gardo.rewards.pretrained import (
@@ -35,6 +35,7 @@ class HPSv2Reward(ClipCosineReward):
     """
 
     spec: ClassVar[RewardSpec] = RewardSpec(value_range=(-1.0, 1.0), batch_size=32)
+    backbones = (Backbone("HPSv2 ViT-H/14", 2 * 0.99e9),)
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gardo.rewards.base import Reward, RewardSpec
+from gardo.rewards.base import Backbone, Reward, RewardSpec
 from gardo.rewards.heads import LinearHead
 from gardo.rewards.objects import finite_images
 from gardo.rewards.preprocess import ImageTransform, check_batch
@@ -43,6 +43,7 @@ class ImageRewardReward(Reward):
     """
 
     spec: ClassVar[RewardSpec] = RewardSpec(batch_size=32)
+    backbones = (Backbone("BLIP-L", 2 * 0.45e9),)
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""What rewards return, checked and joined: scores are one float32 per image, NaN where missing."""
+"""Asking rewards, checking and joining what they return: a float32 per image, NaN if missing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gardo.rewards.base import Reward
 from gardo.types import RewardOutput, UserError
 
 
@@ -83,3 +84,37 @@ def concatenate(outputs: Sequence[RewardOutput]) -> RewardOutput:
 def missing(count: int) -> RewardOutput:
     """The output for ``count`` images that could not be scored."""
     return RewardOutput(torch.full((count,), torch.nan))
+
+
+@torch.inference_mode()
+def score_batch(
+    name: str,
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+) -> RewardOutput:
+    """Score images with one reward, in the batches and the dtype that it prefers.
+
+    Args:
+        name: of the reward, for messages.
+        reward: what scores.
+        images: ``[B, 3, H, W]`` float in [0, 1]; ``B`` may be 0.
+        prompts: ``B`` texts.
+        metadata: ``B`` records.
+
+    Returns:
+        scores and details, each ``[B]`` float32; NaN where missing.
+
+    Raises:
+        UserError: the reward returned something else than a finite or missing number per image.
+    """
+    spec = reward.spec
+    if spec.dtype is not None:
+        images = images.to(spec.dtype)
+    outputs = []
+    for start in range(0, len(images), spec.batch_size or max(len(images), 1)):
+        rows = slice(start, start + (spec.batch_size or len(images)))
+        output = reward.score(images[rows], prompts[rows], metadata[rows])
+        outputs.append(check_output(name, output, len(images[rows])))
+    return concatenate(outputs) if outputs else RewardOutput(images.new_zeros(0).float())

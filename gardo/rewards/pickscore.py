@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from gardo.rewards.backbones import clip_backbone
-from gardo.rewards.base import RewardSpec
+from gardo.rewards.base import Backbone, RewardSpec
 from gardo.rewards.clipscore import ClipCosineReward
 from gardo.rewards.pretrained import compute_dtype
 
@@ -22,6 +22,7 @@ class PickScoreReward(ClipCosineReward):
     """
 
     spec: ClassVar[RewardSpec] = RewardSpec(value_range=(-100.0, 100.0), batch_size=32)
+    backbones = (Backbone("CLIP ViT-H/14", 2 * 0.99e9),)
 
     def __init__(
         self,

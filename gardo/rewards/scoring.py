@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gardo.config import RewardsConfig
-from gardo.rewards.base import Reward, RewardUnavailable, build_reward, reward_names
-from gardo.rewards.features import FeatureExtractor, build_features, feature_names
-from gardo.rewards.outputs import check_output, concatenate
-from gardo.types import Prompt, RewardOutput, UserError
+from gardo.rewards.base import Reward, RewardUnavailable
+from gardo.rewards.features import FeatureExtractor
+from gardo.rewards.outputs import score_batch
+from gardo.rewards.registry import build_features, build_reward, feature_names, reward_names
+from gardo.types import Prompt, UserError
 
 
 class MissingScores(RewardUnavailable):
@@ -150,40 +150,6 @@ def _build(name: str, config: RewardsConfig, device: torch.device) -> Reward:
         if not parameters:
             raise
         raise UserError(f"rewards.parameters.{name}: {error}") from None
-
-
-@torch.inference_mode()
-def score_batch(
-    name: str,
-    reward: Reward,
-    images: Tensor,
-    prompts: Sequence[str],
-    metadata: Sequence[Mapping[str, Any]],
-) -> RewardOutput:
-    """Score images with one reward, in the batches and the dtype that it prefers.
-
-    Args:
-        name: of the reward, for messages.
-        reward: what scores.
-        images: ``[B, 3, H, W]`` float in [0, 1]; ``B`` may be 0.
-        prompts: ``B`` texts.
-        metadata: ``B`` records.
-
-    Returns:
-        scores and details, each ``[B]`` float32; NaN where missing.
-
-    Raises:
-        UserError: the reward returned something else than a finite or missing number per image.
-    """
-    spec = reward.spec
-    if spec.dtype is not None:
-        images = images.to(spec.dtype)
-    outputs = []
-    for start in range(0, len(images), spec.batch_size or max(len(images), 1)):
-        rows = slice(start, start + (spec.batch_size or len(images)))
-        output = reward.score(images[rows], prompts[rows], metadata[rows])
-        outputs.append(check_output(name, output, len(images[rows])))
-    return concatenate(outputs) if outputs else RewardOutput(images.new_zeros(0).float())
 
 
 class ScoreBook:

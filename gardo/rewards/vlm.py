@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gardo.rewards.base import Reward, RewardSpec
+from gardo.rewards.base import Backbone, Reward, RewardSpec
 from gardo.rewards.chat import ChatClient, encode_png
 from gardo.rewards.objects import finite_images
 from gardo.rewards.preprocess import check_batch, resize_bytes, to_bytes
@@ -141,6 +141,7 @@ class HPSv3Reward(ChatReward):
     name = "hpsv3"
     max_tokens = 32
     spec: ClassVar[RewardSpec] = RewardSpec(batch_size=16)
+    backbones = (Backbone("Qwen2-VL-7B", 2 * 8.29e9),)
 
     def __init__(
         self,

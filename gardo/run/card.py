@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gardo.config import Config, to_yaml
-
-_LOADERS = {
-    "sd3": "StableDiffusion3Pipeline",
-    "flux": "FluxPipeline",
-}
+from gardo.families import FAMILIES
 
 
 def model_card(config: Config, family: str, evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -24,7 +20,7 @@ def model_card(config: Config, family: str, evaluations: Sequence[Mapping[str, A
         evaluations: the run's held-out evaluations, the first and the last of which are shown.
     """
     base, full = config.model.path, config.model.full_finetune
-    pipeline = _LOADERS[family]
+    pipeline = FAMILIES[family].pipeline
     tags = ["text-to-image", "diffusers", "reinforcement-learning", "gardo"]
     tags += [] if full else ["lora"]
     front = ["---", "library_name: diffusers", "pipeline_tag: text-to-image", "tags:"]

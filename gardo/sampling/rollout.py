@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gardo.families import FAMILIES
 from gardo.models.base import FlowModel, Velocity
 from gardo.models.embeddings import EMPTY, EmbeddingTable
 from gardo.rng import generator, normal_rows
@@ -77,7 +78,7 @@ class Sampler:
     @property
     def guided(self) -> bool:
         """Whether a second velocity, of the empty prompt, is combined with the prompt's."""
-        return self.guidance_scale > 1.0 and not self.model.embedded_guidance
+        return FAMILIES[self.model.family].guided(self.guidance_scale)
 
     @property
     def cfg_scale(self) -> float:

@@ -21,6 +21,7 @@ from gardo.algorithms.reference import RowVelocities
 from gardo.algorithms.update import MicroBatch, UpdateStats
 from gardo.config import NFTConfig, load_config
 from gardo.distributed.process import Runtime
+from gardo.families import FAMILIES
 from gardo.models.adapters import BEHAVIOUR, POLICY, REFERENCE, build_adapters
 from gardo.models.base import Schedule, Velocity
 from gardo.planning.counts import count_epoch
@@ -346,7 +347,7 @@ def test_published_recipe():
     assert (algorithm.reference.kl_threshold, algorithm.reference.reset_every) == (0.15, 16)
     assert (sampling.solver, sampling.num_steps, sampling.guidance_scale) == ("dpm2", 10, 1.0)
     assert (train.timestep_fraction, train.updates_per_epoch) == (1.0, 2)
-    counts = count_epoch(config, processes=8, embedded_guidance=False)
+    counts = count_epoch(config, 8, FAMILIES["sd3"])
     assert counts.rows_per_sample == 1
     assert counts.rollout_rows == counts.behaviour_rows == counts.train_rows == 1152 * 10
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gardo.config import load_config, recipe_description, recipe_names, to_yaml
+from gardo.families import FAMILIES
 from gardo.planning.counts import count_epoch, count_trained_steps
-from gardo.rewards.base import reward_names
-from gardo.rewards.features import feature_names
+from gardo.rewards.registry import feature_names, reward_names
 from gardo.types import UserError
 
 TASKS = ("geneval", "ocr", "pickscore")
@@ -132,7 +132,7 @@ def test_rewards_and_features_exist(name):
 def test_batches_divide_for_any_number_of_processes(name, processes):
     config = load_config(name)
     flux = name in FLUX
-    counts = count_epoch(config, processes, embedded_guidance=flux)
+    counts = count_epoch(config, processes, FAMILIES["flux" if flux else "sd3"])
     steps, trained, rows = (6, 4, 1) if flux else (10, 8, 2)
     assert counts.samples == 1152
     assert counts.samples_per_process == 1152 // processes

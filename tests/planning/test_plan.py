@@ -14,6 +14,7 @@ from torch import nn
 
 from gardo import cli
 from gardo.config import load_config
+from gardo.families import FAMILIES
 from gardo.models.adapters import build_adapters
 from gardo.models.architectures import (
     architecture,
@@ -21,7 +22,6 @@ from gardo.models.architectures import (
     build_transformer,
     count_parameters,
 )
-from gardo.models.sd3 import SD3Model
 from gardo.plan import main, plan
 from gardo.planning.advice import advise
 from gardo.planning.counts import count_epoch
@@ -63,7 +63,8 @@ def test_lora_parameters_by_hand(medium):
 def test_architecture_of_a_folder_is_that_of_its_files(tiny_costs):
     config, _ = tiny_costs
     arch = architecture_of(config.model)
-    assert (arch.name, arch.family, arch.vae_scale, arch.text_tokens) == ("tiny", "sd3", 2, 8)
+    text_tokens = arch.prompt_shapes(0)["encoder_hidden_states"][0]  # CLIP's, without T5's
+    assert (arch.name, arch.family, arch.vae_scale, text_tokens) == ("tiny", "sd3", 2, 8)
 
 
 def test_unknown_architectures_are_named():
@@ -94,7 +95,7 @@ def real_tiny():
     """The tiny transformer with adapters and random weights on the CPU, and its inputs."""
     config, arch = load_config("tiny"), architecture("tiny")
     transformer = build_transformer(arch).requires_grad_(False)
-    holder = SimpleNamespace(transformer=transformer, lora_targets=SD3Model.lora_targets)
+    holder = SimpleNamespace(transformer=transformer, family="sd3")
     build_adapters(holder, config.model, seed=0)
     shapes = transformer_inputs(arch, 1, 24, config, torch.float32)
     return transformer, {name: torch.randn(t.shape) for name, t in shapes.items()}
@@ -189,7 +190,7 @@ def test_padding_is_counted():
             ("train.batch_size", "5"),
         ],
     )
-    counts = count_epoch(config, 1, embedded_guidance=False)
+    counts = count_epoch(config, 1, FAMILIES["sd3"])
     # updates of 12 and 13 samples: batches of 8 take 2 + 2, batches of 5 take 3 + 3
     assert (counts.rollout_batches, counts.padded_rollout) == (4, 7)
     assert (counts.train_batches, counts.padded_train) == (6, 5)
@@ -206,7 +207,7 @@ def test_padding_is_counted():
     ],
 )
 def test_reference_rows_follow_the_gate(overrides, share):
-    counts = count_epoch(load_config("sd35-medium-ocr", overrides=overrides), 8, False)
+    counts = count_epoch(load_config("sd35-medium-ocr", overrides=overrides), 8, FAMILIES["sd3"])
     assert counts.gated_share == share
     assert counts.reference_rows == round(1152 * share) * 8 * 2
 
@@ -234,7 +235,7 @@ def test_counts_equal_those_of_a_run(tmp_path):
         "evaluation.grid_images": "0",
     }
     config = load_config("tiny", overrides=list(small.items()))
-    counts = count_epoch(config, 1, embedded_guidance=False)
+    counts = count_epoch(config, 1, FAMILIES["sd3"])
     folder = RunFolder.create(config)
     Trainer(config, Runtime("cpu")).train(folder)
     row = json.loads((folder.path / "metrics.jsonl").read_text().splitlines()[0])
@@ -274,6 +275,25 @@ def test_rewards_share_backbones_and_servers_bring_their_own():
     remote = ("rewards.servers", "{imagereward: [http://localhost:8000]}")
     served = load_config("sd35-medium-ocr", overrides=[("rewards.eval", "clipscore"), remote])
     assert "BLIP-L" not in {i.name for i in reward_items(served)}
+
+
+def test_a_users_reward_declares_its_backbone_too(tmp_path, monkeypatch):
+    (tmp_path / "planned_reward.py").write_text(
+        "from gardo.rewards.base import Backbone\n"
+        "def score(images, prompts, metadata): ...\n"
+        "score.backbones = (Backbone('own', 5e9), Backbone('CLIP ViT-L/14', 0.86e9))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    rewards = {"proxy": "planned_reward:score", "aux": "[deqa]", "eval": "clipscore"}
+    pairs = [(f"rewards.{key}", value) for key, value in rewards.items()]
+    items = reward_items(load_config("tiny", overrides=pairs))
+    assert {i.name: i.bytes for i in items} == {
+        "CLIP ViT-L/14": 0.86e9,
+        "mPLUG-Owl2": 16.4e9,
+        "own": 5e9,
+    }
+    with pytest.raises(UserError, match="unknown reward 'clipscor'; did you mean 'clipscore'"):
+        reward_items(load_config("tiny", overrides=[("rewards.proxy", "clipscor")]))
 
 
 def test_stages_add_up(medium):

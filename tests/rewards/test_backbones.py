@@ -16,8 +16,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from gardo.rewards import backbones
 from gardo.rewards.aesthetic import HEAD_NAME
 from gardo.rewards.backbones import clip_backbone
-from gardo.rewards.base import build_reward
 from gardo.rewards.pretrained import compute_dtype, load_pretrained, load_weights
+from gardo.rewards.registry import build_reward
 from gardo.types import UserError
 from tests.rewards import tiny_models as tm
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gardo.rewards.base import Reward, build_reward, reward_names
+from gardo.rewards.base import Reward
+from gardo.rewards.registry import build_reward, reward_names
 from gardo.tiny.scenes import Scene
 from gardo.types import UserError
 from tests.rewards import images as im

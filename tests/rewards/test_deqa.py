@@ -24,9 +24,10 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from gardo.rewards.base import Reward, build_reward
+from gardo.rewards.base import Reward
 from gardo.rewards.deqa import AFTER, BEFORE, pad_to_square
 from gardo.rewards.mplug_owl2 import AbstractorSizes, LanguageSizes, MPlugOwl2, VisionSizes
+from gardo.rewards.registry import build_reward
 from gardo.types import UserError
 from tests.rewards import tiny_models as tm
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DINOv3ViTModel
 
 import gardo_kernels as gk
-from gardo.rewards.features import build_features, feature_names
+from gardo.rewards.registry import build_features, feature_names
 from gardo.types import UserError
 from tests.rewards import tiny_models as tm
 

@@ -9,11 +9,11 @@ import torch
 
 from gardo.config import RewardsConfig
 from gardo.data.generators import geneval_prompts
-from gardo.rewards.base import build_reward
 from gardo.rewards.geneval import rules
 from gardo.rewards.geneval.colors import crop_object
 from gardo.rewards.geneval.reward import MODES, GenEvalReward
 from gardo.rewards.geneval.rules import Detection
+from gardo.rewards.registry import build_reward
 from gardo.rewards.scoring import RewardSet
 from gardo.types import UserError
 from tests.rewards.tiny_detectors import FOLDERS

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from gardo.rewards.base import Reward, build_reward
+from gardo.rewards.base import Reward
 from gardo.rewards.hpsv2 import WEIGHTS_NAME
+from gardo.rewards.registry import build_reward
 from gardo.types import UserError
 from tests.rewards import tiny_models as tm
 from tools.tiny.vocabulary import clip_tokenizer

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gardo.rewards.base import build_reward
+from gardo.rewards.registry import build_reward
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gardo.rewards.base import build_reward
-from gardo.rewards.features import FeatureExtractor, build_features, feature_names
+from gardo.rewards.features import FeatureExtractor
 from gardo.rewards.judge import JudgeReward
+from gardo.rewards.registry import build_features, build_reward, feature_names
 from gardo.tiny.judge import SHIPPED_JUDGE, Judge, load_judge, save_judge
 from gardo.tiny.scenes import Scene, render
 from gardo.types import UserError

@@ -16,7 +16,8 @@ import torch
 
 from gardo.config import load_config
 from gardo.config.schema import RewardClientConfig
-from gardo.rewards.base import RewardUnavailable, build_reward
+from gardo.rewards.base import RewardUnavailable
+from gardo.rewards.registry import build_reward
 from gardo.rewards.remote import RemoteReward
 from gardo.rewards.scoring import RewardSet
 from gardo.types import Prompt, UserError

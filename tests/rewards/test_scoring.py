@@ -12,17 +12,12 @@ import pytest
 import torch
 
 from gardo.config import load_config
-from gardo.rewards import base
-from gardo.rewards.base import Reward, RewardSpec, RewardUnavailable, build_reward, reward_names
+from gardo.rewards import registry
+from gardo.rewards.base import Reward, RewardSpec, RewardUnavailable
 from gardo.rewards.functions import FunctionReward, is_scoring_function
-from gardo.rewards.outputs import concatenate
-from gardo.rewards.scoring import (
-    MissingScores,
-    RewardSet,
-    ScoreBook,
-    reward_metrics,
-    score_batch,
-)
+from gardo.rewards.outputs import concatenate, score_batch
+from gardo.rewards.registry import build_reward, reward_names
+from gardo.rewards.scoring import MissingScores, RewardSet, ScoreBook, reward_metrics
 from gardo.types import Prompt, RewardOutput, UserError
 from tests.rewards import toys
 from tests.rewards.toys import toy
@@ -243,7 +238,7 @@ class FakeEntryPoints:
         ]
 
     def __call__(self, *, group: str):
-        assert group == base.ENTRY_POINTS == "gardo.rewards"
+        assert group == registry.ENTRY_POINTS == "gardo.rewards"
         return self.found
 
 

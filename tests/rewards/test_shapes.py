@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from gardo.rewards.base import build_reward
 from gardo.rewards.objects import MIN_AREA
+from gardo.rewards.registry import build_reward
 from gardo.tiny.scenes import COLORS, Scene
 from tests.rewards import images as im
 

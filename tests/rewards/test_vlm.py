@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from gardo.rewards import chat
-from gardo.rewards.base import RewardUnavailable, build_reward
+from gardo.rewards.base import RewardUnavailable
+from gardo.rewards.registry import build_reward
 from gardo.types import UserError
 from tests.rewards import tiny_models as tm
 

@@ -5,7 +5,6 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from tests.run.synthetic_run import make_run, metrics_row
 
 from gardo.report import main
 from gardo.run.metrics import MetricsWriter
@@ -17,6 +16,7 @@ from gardo.run.report.tables import (
     config_differences,
     number,
 )
+from tests.run.synthetic_run import make_run, metrics_row
 
 DASH = "–"
 

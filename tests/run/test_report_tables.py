@@ -1,6 +1,5 @@
 import pytest
 import yaml
-from tests.run.synthetic_run import make_run
 
 from gardo.run.metrics import MetricsWriter
 from gardo.run.report import load_run
@@ -16,6 +15,7 @@ from gardo.run.report.tables import (
     summary,
     timings,
 )
+from tests.run.synthetic_run import make_run
 
 DASH = "–"
 

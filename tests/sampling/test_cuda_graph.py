@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from gardo.config import load_config
+from gardo.families import FAMILIES
 from gardo.models.adapters import POLICY
 from gardo.models.embeddings import EmbeddingTable
 from gardo.models.loading import load_model
@@ -24,8 +25,7 @@ from gardo.sampling.trajectory import Guidance, Trajectory, like, sample_traject
 from gardo.types import UserError
 from tests.models.test_models import perturb
 from tests.support.capture_recorder import CaptureRecorder, NotCapturable
-from tests.support.tiny import PROMPTS
-from tools.tiny.models import build_flux_pipeline
+from tests.support.tiny import PROMPTS, save_pipeline
 
 CPU = torch.device("cpu")
 
@@ -84,13 +84,12 @@ def trajectory_of(sampler, table, seed=0):
     return Trajectory(latents, log_prob, noise, sampler.condition(PROMPTS), table)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", [None, "sdpa"])
 def test_the_captured_region_needs_no_host(family, backend, tmp_path):
-    overrides = [("model.attention_backend", backend)] if backend else []
-    if family == "flux":
-        build_flux_pipeline(seed=0).save_pretrained(tmp_path)
-        overrides.append(("model.path", str(tmp_path)))
+    save_pipeline(family, tmp_path)
+    overrides = [("model.path", str(tmp_path))]
+    overrides += [("model.attention_backend", backend)] if backend else []
     model = load_model(load_config("tiny", overrides=overrides).model, CPU, "fp32")
     sampler = Sampler(model, EmbeddingTable(model, PROMPTS), 24, 2.5, batch_size=2)
     schedule = model.schedule(3, 24)

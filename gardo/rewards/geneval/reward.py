@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gardo.rewards.backbones import CLIP_LARGE, clip_backbone
-from gardo.rewards.base import Reward, RewardSpec
+from gardo.rewards.backbones import CLIP_LARGE, CLIP_LARGE_BACKBONE, clip_backbone
+from gardo.rewards.base import Backbone, Reward, RewardSpec
 from gardo.rewards.geneval.colors import ColorClassifier, crop_object
 from gardo.rewards.geneval.detector import MASK2FORMER_SMALL, load_detector
 from gardo.rewards.geneval.rules import (
@@ -36,6 +36,7 @@ class GenEvalReward(Reward):
     """
 
     spec: ClassVar[RewardSpec] = RewardSpec(value_range=(None, 1.0), batch_size=8)
+    backbones = (Backbone("Mask2Former Swin-S", 4 * 0.07e9), CLIP_LARGE_BACKBONE)
 
     def __init__(
         self,

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from gardo.rewards.base import Reward
-from gardo.rewards.outputs import concatenate, missing
-from gardo.rewards.scoring import score_batch
+from gardo.rewards.outputs import concatenate, missing, score_batch
 from gardo.rewards.serve.protocol import ProtocolError, ScoreRequest
 from gardo.types import RewardOutput
 

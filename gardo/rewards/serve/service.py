@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from gardo.rewards.base import Reward, build_reward
+from gardo.rewards.base import Reward
+from gardo.rewards.registry import build_reward
 from gardo.rewards.serve.batching import Batcher
 from gardo.rewards.serve.protocol import ProtocolError
 from gardo.types import UserError
