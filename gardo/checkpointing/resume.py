@@ -88,7 +88,7 @@ def find_in_output_dir(config: Config, told: Callable[[str], None]) -> ResumePoi
 
 def _config(folder: Path) -> Config:
     try:
-        return load_config(str(folder / "config.yaml"))
+        return load_config(str(folder / "config.yaml"), of_run=True)
     except UserError as error:
         raise UserError(f"'{folder / 'config.yaml'}': {error}") from None
 

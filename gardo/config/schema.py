@@ -92,9 +92,6 @@ class SamplingConfig(Section):
         "auto", "capture the sampler; auto: if possible"
     )
     offload_trajectories: bool = rounding_key(False, "keep latents of the epoch in CPU memory")
-    max_ratio_deviation: PositiveFloat | None = free_key(
-        1e-3, "stop before the first update if |ratio - 1| exceeds this; null: report only"
-    )
 
 
 class RewardClientConfig(Section):
@@ -218,7 +215,9 @@ class HealthConfig(Section):
     )
     patience: Positive = free_key(3, "epochs in a row that a threshold is reached before its alarm")
     ratio: PositiveFloat | None = free_key(
-        0.01, "alarm: max |ratio - 1| of an epoch's first update, where only rounding is; null: off"
+        1e-3,
+        "most that |ratio - 1| may be where only rounding is: above it before the first update the "
+        "run stops; alarm: reached by the first update of an epoch; null: report only",
     )
     ratio_mean: PositiveFloat | None = free_key(0.1, "alarm: mean |ratio - 1| of an epoch")
     clip_fraction: Share | None = free_key(

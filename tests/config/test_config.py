@@ -40,7 +40,7 @@ def test_all_keys_of_the_contract_exist_and_are_documented():
 
 # what a change on resume changes; of all other keys it changes results
 NOTHING = """
-recipe output_dir overwrite epochs trackers model.embedding_cache sampling.max_ratio_deviation
+recipe output_dir overwrite epochs trackers model.embedding_cache
 rewards.max_missing_share rewards.servers rewards.client.timeout rewards.client.connect_timeout
 rewards.client.retries rewards.client.backoff rewards.client.startup_timeout
 rewards.client.encoding rewards.client.token_env rewards.client.token_file
