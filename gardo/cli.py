@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from gardo.argument_parser import ArgumentParser
-from gardo.config import Config, iter_keys, load_config, recipe_description, recipe_names, type_name
+from gardo.config import (
+    Config,
+    iter_keys,
+    load_config,
+    on_resume,
+    recipe_description,
+    recipe_names,
+    type_name,
+)
 from gardo.distributed.signals import STOPPED, Stopped, leave
 from gardo.types import UserError
 
@@ -112,7 +120,8 @@ def _resume(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> Ar
     else:
         point = resume.find_resume_point(Path(options.resume).expanduser(), tell)
         recipe = options.recipe or str(point.checkpoint.path / "config.yaml")
-        config = load_config(recipe, options.config, overrides)
+        own = options.recipe is None
+        config = load_config(recipe, options.config, overrides, of_run=own)
         asked = Path(config.output_dir).expanduser()
         if "output_dir" in given and asked.resolve() != point.folder.resolve():
             raise UserError(
@@ -160,7 +169,10 @@ def _split(argv: Sequence[str], known: dict[str, int]) -> tuple[list[str], list[
 
 def keys_help() -> str:
     """All configuration keys with type, default and meaning, for ``--help``."""
-    lines = ["keys (defaults of the schema; recipes set their own):"]
+    lines = [
+        "keys (defaults of the schema; recipes set their own). One that is not said to change",
+        "nothing or rounding on resume changes results, and a run goes on with the value it has:",
+    ]
     area = None
     for dotted, field in iter_keys():
         head = dotted.split(".")[0] if "." in dotted else "run"
@@ -175,7 +187,9 @@ def keys_help() -> str:
             if isinstance(default, bool)
             else str(default)
         )
-        lines.append(f"    --{dotted} {type_name(field.annotation)}  (default: {shown})")
+        effect = on_resume(field)
+        resume = "" if effect == "results" else f"; on resume changes {effect}"
+        lines.append(f"    --{dotted} {type_name(field.annotation)}  (default: {shown}{resume})")
         lines.append(f"        {field.description}")
     return "\n".join(lines)
 

@@ -253,7 +253,7 @@ class Trainer:
         """Once per run: do sampling and training agree on the log-probs? UserError if not."""
         if self.parity_checked:
             return
-        batch_size, bound = self.config.train.batch_size, self.config.sampling.max_ratio_deviation
+        batch_size, bound = self.config.train.batch_size, self.config.health.ratio
         deviation = ratio_deviation(self.sampler, rollout, steps, batch_size)
         worst = check_parity(deviation, bound, self.runtime)
         self.progress.write(f"before the first update: max |ratio - 1| = {worst:.1e}")

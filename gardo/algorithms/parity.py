@@ -58,10 +58,10 @@ def check_parity(deviation: torch.Tensor, bound: float | None, runtime: Runtime)
     if bound is not None and not worst <= bound:
         raise UserError(
             f"before the first update, max |ratio - 1| is {worst:.2e}: log-probs recomputed for "
-            "training differ from those of sampling by more than sampling.max_ratio_deviation "
-            f"({bound:.2e}), which clipping would take for a moved policy. The same numbers were "
-            "computed in two ways: give sampling.batch_size and train.batch_size the same value, "
-            "try model.compile false or another model.attention_backend, use a wider precision, "
-            "or raise the bound (null: report only)"
+            f"training differ from those of sampling by more than health.ratio ({bound:.2e}), "
+            "which clipping would take for a moved policy. The same numbers were computed in two "
+            "ways: give sampling.batch_size and train.batch_size the same value, try "
+            "model.compile false or another model.attention_backend, use a wider precision, or "
+            "raise the bound (null: report only)"
         )
     return worst

@@ -8,23 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gardo.checkpointing.checkpoint import Checkpoint, CheckpointFolder
-from gardo.config import Config, iter_keys, load_config
+from gardo.config import Config, iter_keys, load_config, on_resume
 from gardo.run.folder import RunFolder, check_writable
 from gardo.types import UserError
-
-FREE = (
-    *("recipe", "output_dir", "overwrite", "epochs", "trackers", "model.embedding_cache"),
-    *("evaluation.every", "evaluation.at_start", "evaluation.grid_images"),
-    *("checkpoint.", "health."),
-    *("sampling.max_ratio_deviation", "rewards.servers", "rewards.client.", "rewards.max_missing"),
-)
-"""Keys, or beginnings of keys, that no number of a run depends on."""
-ROUNDING = (
-    *("device", "threads", "sampling.batch_size", "sampling.cuda_graph", "sampling.offload_"),
-    *("train.batch_size", "train.fused_optimizer", "model.attention_backend", "model.compile"),
-    *("model.gradient_checkpointing", "model.vae_"),
-)
-"""Those that only decide how the same numbers are computed: results are equal up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +88,7 @@ def find_in_output_dir(config: Config, told: Callable[[str], None]) -> ResumePoi
 
 def _config(folder: Path) -> Config:
     try:
-        return load_config(str(folder / "config.yaml"))
+        return load_config(str(folder / "config.yaml"), of_run=True)
     except UserError as error:
         raise UserError(f"'{folder / 'config.yaml'}': {error}") from None
 
@@ -129,11 +115,11 @@ def check_same_run(asked: Config, own: Config, folder: Path) -> list[str]:
     """As `check_resumable`, for a run folder without a checkpoint."""
     new, old = asked.model_dump(mode="json"), own.model_dump(mode="json")
     contradictions, rounding = [], []
-    for key, _ in iter_keys():
-        before, now = _value(old, key), _value(new, key)
-        if before == now or key.startswith(FREE):
+    for key, field in iter_keys():
+        before, now, effect = _value(old, key), _value(new, key), on_resume(field)
+        if before == now or effect == "nothing":
             continue
-        if key.startswith(ROUNDING):
+        if effect == "rounding":
             rounding.append(key)
         else:
             contradictions.append(f"{key} ({before!r} there, {now!r} asked for)")

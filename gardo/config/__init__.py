@@ -3,6 +3,8 @@
 This package imports neither torch nor diffusers, so that ``--help`` and errors are instant.
 """
 
+from gardo.config.algorithm import AlgorithmConfig, NFTConfig, ReferenceConfig
+from gardo.config.fields import on_resume
 from gardo.config.loading import (
     RECIPES,
     iter_keys,
@@ -14,15 +16,12 @@ from gardo.config.loading import (
     validate,
 )
 from gardo.config.schema import (
-    AlgorithmConfig,
     CheckpointConfig,
     Config,
     EvaluationConfig,
     HealthConfig,
     ModelConfig,
-    NFTConfig,
     PromptsConfig,
-    ReferenceConfig,
     RewardsConfig,
     SamplingConfig,
     TrainConfig,
@@ -44,6 +43,7 @@ __all__ = [
     "TrainConfig",
     "iter_keys",
     "load_config",
+    "on_resume",
     "recipe_description",
     "recipe_names",
     "to_yaml",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -87,9 +89,26 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
-def key(default: Any, description: str) -> Any:
-    """A documented key; the description is what ``--help`` prints."""
-    return Field(default=default, description=description)
+Resume = Literal["nothing", "rounding", "results"]
+
+
+def key(default: Any, description: str, resume: Resume = "results") -> Any:
+    """A documented key; the description is what ``--help`` prints.
+
+    ``resume`` says what a change of the key on resume changes: ``nothing``, since no number of a
+    run depends on it; ``rounding``, since it only decides how the same numbers are computed; or
+    ``results``.
+    """
+    return Field(default=default, description=description, json_schema_extra={"resume": resume})
+
+
+free_key = partial(key, resume="nothing")
+rounding_key = partial(key, resume="rounding")
+
+
+def on_resume(field: FieldInfo) -> Resume:
+    """What a change of a key on resume changes, as its definition says."""
+    return field.json_schema_extra["resume"]  # type: ignore[index, return-value]
 
 
 def section(model: type[Section], description: str) -> Any:

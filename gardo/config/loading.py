@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from gardo.config.removed import refuse_removed, take_over_bound, without_removed
 from gardo.config.schema import Config
 from gardo.types import UserError
 
@@ -84,6 +85,7 @@ def load_config(
     recipe: str = "tiny",
     files: Sequence[Path] = (),
     overrides: Sequence[tuple[str, str]] = (),
+    of_run: bool = False,
 ) -> Config:
     """Merge a recipe, further YAML files and dotted overrides, in this order, and validate.
 
@@ -91,6 +93,7 @@ def load_config(
         recipe: name of a built-in recipe, or path of a YAML file.
         files: YAML files whose keys win over the recipe's.
         overrides: ``(dotted key, text)`` pairs that win over everything.
+        of_run: whether the recipe is the ``config.yaml`` of a run, maybe of an earlier version.
 
     A recipe may name another one as its ``base`` and then holds only what differs.
 
@@ -98,9 +101,12 @@ def load_config(
         UserError: unknown recipe or key, wrong type or range, contradictory options.
     """
     data = read_recipe(recipe)
+    if of_run:
+        data = take_over_bound(data)
     for file in files:
         _merge(data, read_yaml(file))
     for dotted, text in overrides:
+        refuse_removed(dotted)
         parts = dotted.split(".")
         value: Any = text if _takes_text(dotted) else parse_value(text)
         for part in reversed(parts):
@@ -175,6 +181,7 @@ def read_recipe(recipe: str, derived: Sequence[Path] = ()) -> dict[str, Any]:
 
 def validate(data: Mapping[str, Any]) -> Config:
     """Check a nested mapping against the schema; UserError names the key, need and value."""
+    data = without_removed(data)
     _check_keys(data)
     try:
         return Config.model_validate(data)

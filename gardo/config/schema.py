@@ -1,15 +1,14 @@
-"""The keys of a configuration: one typed section per area, and what must hold between them."""
+"""The keys of a configuration: one typed section per area."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from gardo.config.algorithm import AlgorithmConfig
+from gardo.config.consistency import contradictions
 from gardo.config.fields import (
-    ClipRange,
     Fraction,
     Names,
     NonNegative,
@@ -23,7 +22,9 @@ from gardo.config.fields import (
     Trackers,
     as_names,
     as_pair,
+    free_key,
     key,
+    rounding_key,
     section,
 )
 from gardo.families import FAMILIES
@@ -45,18 +46,18 @@ class ModelConfig(Section):
         "auto", "auto reads model_index.json"
     )
     max_sequence_length: Positive = key(128, "T5 tokens per prompt")
-    embedding_cache: str | None = key(None, "folder that keeps prompt embeddings between runs")
+    embedding_cache: str | None = free_key(None, "folder that keeps prompt embeddings between runs")
     full_finetune: bool = key(False, "train all transformer weights instead of LoRA")
-    gradient_checkpointing: bool = key(False, "recompute activations to save memory")
-    attention_backend: str | None = key(
+    gradient_checkpointing: bool = rounding_key(False, "recompute activations to save memory")
+    attention_backend: str | None = rounding_key(
         None, "diffusers' attention backend, such as flash or native; null: diffusers' default"
     )
-    compile: bool = key(False, "torch.compile each transformer block")
-    vae_dtype: Literal["fp32", "fp16", "bf16"] | None = key(
+    compile: bool = rounding_key(False, "torch.compile each transformer block")
+    vae_dtype: Literal["fp32", "fp16", "bf16"] | None = rounding_key(
         None, "precision of the image decoder; null: fp32"
     )
-    vae_tiling: bool = key(False, "decode large images in tiles")
-    vae_slicing: bool = key(False, "decode images one at a time")
+    vae_tiling: bool = rounding_key(False, "decode large images in tiles")
+    vae_slicing: bool = rounding_key(False, "decode images one at a time")
     lora: LoraConfig = section(LoraConfig, "low-rank adapters")
 
 
@@ -88,26 +89,25 @@ class SamplingConfig(Section):
         None, "first and last+1 step that the window may cover; null: the first half"
     )
     resolution: Positive | None = key(None, "image side in pixels; null: the model's own")
-    batch_size: Positive = key(64, "samples per forward in rollout and reference pass")
+    batch_size: Positive = rounding_key(64, "samples per forward in rollout and reference pass")
     same_latent: bool = key(False, "start all samples of a prompt from the same latent")
-    cuda_graph: Literal["auto", "on", "off"] = key("auto", "capture the sampler; auto: if possible")
-    offload_trajectories: bool = key(False, "keep latents of the epoch in CPU memory")
-    max_ratio_deviation: PositiveFloat | None = key(
-        1e-3, "stop before the first update if |ratio - 1| exceeds this; null: report only"
+    cuda_graph: Literal["auto", "on", "off"] = rounding_key(
+        "auto", "capture the sampler; auto: if possible"
     )
+    offload_trajectories: bool = rounding_key(False, "keep latents of the epoch in CPU memory")
 
 
 class RewardClientConfig(Section):
-    timeout: PositiveFloat = key(60.0, "seconds to wait for the answer to a request")
-    connect_timeout: PositiveFloat = key(5.0, "seconds to wait for a connection")
-    retries: NonNegative = key(6, "further rounds over all servers before the run stops")
-    backoff: PositiveFloat = key(1.0, "seconds before the first retry; doubles, at most 30")
-    startup_timeout: PositiveFloat = key(300.0, "seconds to wait for a server that is loading")
-    encoding: Literal["safetensors", "png"] = key(
+    timeout: PositiveFloat = free_key(60.0, "seconds to wait for the answer to a request")
+    connect_timeout: PositiveFloat = free_key(5.0, "seconds to wait for a connection")
+    retries: NonNegative = free_key(6, "further rounds over all servers before the run stops")
+    backoff: PositiveFloat = free_key(1.0, "seconds before the first retry; doubles, at most 30")
+    startup_timeout: PositiveFloat = free_key(300.0, "seconds to wait for a server that is loading")
+    encoding: Literal["safetensors", "png"] = free_key(
         "safetensors", "images as they are, or as PNG: smaller, rounded to 8 bits"
     )
-    token_env: str = key("GARDO_REWARD_TOKEN", "environment variable with the bearer token")
-    token_file: str | None = key(None, "file with the bearer token; wins over the variable")
+    token_env: str = free_key("GARDO_REWARD_TOKEN", "environment variable with the bearer token")
+    token_file: str | None = free_key(None, "file with the bearer token; wins over the variable")
 
 
 class RewardsConfig(Section):
@@ -121,10 +121,10 @@ class RewardsConfig(Section):
         {}, "keyword arguments per name of a reward or feature extractor"
     )
     features: str | None = key(None, "feature extractor for diversity")
-    max_missing_share: Fraction = key(
+    max_missing_share: Fraction = free_key(
         0.1, "the run stops when a reward could not score more than this share of the samples"
     )
-    servers: dict[str, Servers] = key(
+    servers: dict[str, Servers] = free_key(
         {}, "reward name -> URLs of the servers that score it (python -m gardo.rewards.serve)"
     )
     client: RewardClientConfig = section(RewardClientConfig, "how servers are asked")
@@ -140,119 +140,15 @@ class RewardsConfig(Section):
         return self.proxy if isinstance(self.proxy, str) else "proxy"
 
 
-class GateConfig(Section):
-    mode: Literal["paper", "official", "all", "off"] = key(
-        "paper",
-        "which samples get the KL penalty: over-rated by the proxy (paper), under-rated (official)",
-    )
-    ties: Literal["auto", "half", "ordinal"] = key(
-        "auto",
-        "equal rewards count one half, or rank in sample order; auto: half, with mode official "
-        "ordinal",
-    )
-    fraction: Fraction = key(0.1, "initial share of samples that are gated")
-    share_of: Literal["nonnegative", "all"] = key(
-        "nonnegative", "what the fraction is a share of: the samples with U >= 0, or all"
-    )
-    adaptive: bool = key(True, "adapt the fraction to the trend of the uncertainty")
-    scope: Literal["batch", "group"] = key("batch", "win rates over the batch or the prompt group")
-
-
-class ReferenceConfig(Section):
-    kl_threshold: NonNegativeFloat = key(3e-4, "reset when the epoch's KL exceeds this; 0: never")
-    reset_every: NonNegative = key(10, "reset at least every so many epochs; 0: never")
-    judged_by: Literal["epoch", "update"] = key(
-        "epoch",
-        "which KL the threshold looks at: the epoch's mean over gated samples, or the KL term in "
-        "the loss of any optimizer step",
-    )
-    guard: bool = key(
-        False, "reset only to a policy that the auxiliary rewards trust no less than the reference"
-    )
-    guard_window: Positive = key(5, "epochs that the guard judges a policy by")
-    guard_share: Share = key(
-        0.05, "share of the samples, the most uncertain, whose mean uncertainty it watches"
-    )
-    guard_uncertainty: NonNegativeFloat = key(
-        0.05, "most that this mean may exceed the lowest of any reference so far"
-    )
-    guard_win_rate: Fraction = key(
-        0.5, "least win rate against the reference's samples by the auxiliary rewards"
-    )
-
-
-class NFTConfig(Section):
-    beta: PositiveFloat = key(1.0, "strength of the implicit positive and negative policies")
-    decay_rate: NonNegativeFloat = key(
-        0.001, "the behaviour policy keeps min(rate * (optimizer steps - start), max) of itself"
-    )
-    decay_start: NonNegative = key(0, "optimizer steps in which it follows the policy at once")
-    decay_max: Fraction = key(0.5, "the most that it keeps of itself at an epoch's end")
-
-
-# what the published code does differently; each key can also be set alone
-_OFFICIAL = {"kl_scale": "official", "kl_reduction": "microbatch"}
-_OFFICIAL_SECTIONS: dict[str, dict[str, Any]] = {
-    "gate": {"mode": "official", "ties": "ordinal", "share_of": "nonnegative"},
-    "reference": {"judged_by": "update", "reset_every": 16},  # more than 15 epochs
-}
-
-
-class AlgorithmConfig(Section):
-    name: Literal["grpo", "nft"] = key(
-        "grpo", "policy gradient on the denoising steps, or DiffusionNFT on the forward process"
-    )
-    compat: Literal["paper", "official"] = key(
-        "paper",
-        "official: defaults of gate.mode, gate.ties, gate.share_of, kl_scale, kl_reduction, "
-        "kl_when_ungated and reference.judged_by, .reset_every as in the published code",
-    )
-    kl_coef: NonNegativeFloat = key(0.1, "weight of the KL penalty; 0: no reference pass")
-    kl_scale: Literal["exact", "official"] = key("exact", "variance in the KL")
-    kl_reduction: Literal["gated", "batch", "microbatch"] = key(
-        "gated",
-        "KL averaged over the gated samples of an update, over all its samples, or over the gated "
-        "samples of each micro-batch",
-    )
-    kl_when_ungated: Literal["none", "all"] = key(
-        "none", "who is penalised where no sample of an update or micro-batch is gated"
-    )
-    clip_range: ClipRange = key(1e-4, "PPO clip range, or [low, high]")
-    ratio_norm: Literal["none", "guard"] = key(
-        "none", "guard: GRPO-Guard's normalised ratio and gradient weights (grpo)"
-    )
-    adv_clip: PositiveFloat = key(5.0, "advantages are clamped to +- this")
-    advantage_norm: Literal["none", "group_std", "global_std"] = key(
-        "none", "what centred rewards are divided by"
-    )
-    diversity: bool = key(True, "multiply positive advantages by the nearest-neighbour distance")
-    gate: GateConfig = section(GateConfig, "which samples are penalised")
-    reference: ReferenceConfig = section(ReferenceConfig, "when the reference policy is reset")
-    nft: NFTConfig = section(NFTConfig, "DiffusionNFT's own settings")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _official_defaults(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or data.get("compat") != "official":
-            return data
-        data = {**_OFFICIAL, **data}
-        if data.get("name") == "nft":
-            data.setdefault("kl_when_ungated", "all")
-        for name, defaults in _OFFICIAL_SECTIONS.items():
-            own = data.get(name) or {}
-            data[name] = {**defaults, **own} if isinstance(own, Mapping) else own
-        return data
-
-
 class TrainConfig(Section):
-    batch_size: Positive = key(64, "samples per forward and backward")
+    batch_size: Positive = rounding_key(64, "samples per forward and backward")
     updates_per_epoch: Positive = key(2, "optimizer steps per epoch")
     learning_rate: PositiveFloat = key(3e-4, "AdamW learning rate")
     adam_beta1: Fraction = key(0.9, "AdamW beta1")
     adam_beta2: Fraction = key(0.999, "AdamW beta2")
     adam_eps: PositiveFloat = key(1e-8, "AdamW epsilon")
     weight_decay: NonNegativeFloat = key(1e-4, "AdamW weight decay")
-    fused_optimizer: bool = key(False, "AdamW as one fused kernel")
+    fused_optimizer: bool = rounding_key(False, "AdamW as one fused kernel")
     max_grad_norm: PositiveFloat = key(1.0, "gradient clipping")
     timestep_fraction: Share = key(0.4, "share of the steps that are trained")
     timestep_selection: Literal["random", "first"] = key(
@@ -264,13 +160,15 @@ class TrainConfig(Section):
 
 
 class EvaluationConfig(Section):
-    every: NonNegative = key(0, "epochs between held-out evaluations; 0: at start and end only")
-    at_start: bool = key(True, "evaluate before the first epoch, too")
+    every: NonNegative = free_key(
+        0, "epochs between held-out evaluations; 0: at start and end only"
+    )
+    at_start: bool = free_key(True, "evaluate before the first epoch, too")
     samples_per_prompt: Annotated[int, Field(ge=2)] = key(4, "images per prompt")
     max_prompts: Positive = key(40, "prompts judged, the first ones")
     num_steps: Annotated[int, Field(ge=2)] = key(20, "denoising steps, without noise")
     guidance_scale: NonNegativeFloat | None = key(None, "null: as in sampling")
-    grid_images: NonNegative = key(24, "images in a grid; 0: no grids")
+    grid_images: NonNegative = free_key(24, "images in a grid; 0: no grids")
     reference_images: Literal["shapes"] | None = key(
         None, "real images for the feature distance; shapes: rendered ones"
     )
@@ -278,17 +176,19 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: NonNegative = key(
+    every: NonNegative = free_key(
         10, "epochs between checkpoints; 0: only when the run stops, fails or ends"
     )
-    keep_last: Positive = key(2, "how many of the newest are kept")
-    keep_best: str | None = key(
+    keep_last: Positive = free_key(2, "how many of the newest are kept")
+    keep_best: str | None = free_key(
         None,
         "keep the best one, too, by this metric of metrics.jsonl, or evaluation/NAME for one of "
         "evaluation.jsonl",
     )
-    best: Literal["max", "min"] = key("max", "whether keep_best looks for the largest or smallest")
-    snapshot: bool = key(
+    best: Literal["max", "min"] = free_key(
+        "max", "whether keep_best looks for the largest or smallest"
+    )
+    snapshot: bool = free_key(
         True,
         "keep a copy of the trained weights and the optimizer in host memory, so that a signal "
         "can end the run within an epoch's updates; false: it lets them finish",
@@ -310,33 +210,35 @@ Alarm = Literal[
 
 
 class HealthConfig(Section):
-    max_skipped_in_a_row: Positive = key(
+    max_skipped_in_a_row: Positive = free_key(
         3, "the run stops after so many updates in a row that were not finite and left out"
     )
-    stop_on: Annotated[list[Alarm], BeforeValidator(as_names)] = key(
+    stop_on: Annotated[list[Alarm], BeforeValidator(as_names)] = free_key(
         [], "alarms, named as the keys below, that stop the run; all others only warn"
     )
-    patience: Positive = key(3, "epochs in a row that a threshold is reached before its alarm")
-    ratio: PositiveFloat | None = key(
-        0.01, "alarm: max |ratio - 1| of an epoch's first update, where only rounding is; null: off"
+    patience: Positive = free_key(3, "epochs in a row that a threshold is reached before its alarm")
+    ratio: PositiveFloat | None = free_key(
+        1e-3,
+        "most that |ratio - 1| may be where only rounding is: above it before the first update the "
+        "run stops; alarm: reached by the first update of an epoch; null: report only",
     )
-    ratio_mean: PositiveFloat | None = key(0.1, "alarm: mean |ratio - 1| of an epoch")
-    clip_fraction: Share | None = key(
+    ratio_mean: PositiveFloat | None = free_key(0.1, "alarm: mean |ratio - 1| of an epoch")
+    clip_fraction: Share | None = free_key(
         0.9, "alarm: share of ratios outside clip_range in the updates after an epoch's first"
     )
-    kl: PositiveFloat | None = key(0.1, "alarm: mean KL of the gated samples")
-    grad_norm: PositiveFloat | None = key(100.0, "alarm: mean gradient norm before clipping")
-    reward_drop: PositiveFloat | None = key(
+    kl: PositiveFloat | None = free_key(0.1, "alarm: mean KL of the gated samples")
+    grad_norm: PositiveFloat | None = free_key(100.0, "alarm: mean gradient norm before clipping")
+    reward_drop: PositiveFloat | None = free_key(
         1.0,
         "alarm: fall of the proxy's mean below that of the first epoch, in standard deviations of "
         "that epoch's samples",
     )
-    reward_rise: PositiveFloat | None = key(5.0, "alarm: its rise, likewise")
-    missing: Share | None = key(0.05, "alarm: share of samples that a reward could not score")
-    diversity: Share | None = key(
+    reward_rise: PositiveFloat | None = free_key(5.0, "alarm: its rise, likewise")
+    missing: Share | None = free_key(0.05, "alarm: share of samples that a reward could not score")
+    diversity: Share | None = free_key(
         0.5, "collapse alarm: nearest-neighbour distance as a share of the first epoch's"
     )
-    image_variance: Share | None = key(
+    image_variance: Share | None = free_key(
         0.5, "collapse alarm: variance of the images of a prompt as a share of the first epoch's"
     )
 
@@ -344,15 +246,17 @@ class HealthConfig(Section):
 class Config(Section):
     """The whole run. Attributes are the areas of the command line."""
 
-    recipe: str = key("", "name of the recipe, for reports; filled in from the command line")
+    recipe: str = free_key("", "name of the recipe, for reports; filled in from the command line")
     seed: NonNegative = key(42, "seed of everything random")
-    output_dir: str = key("runs/{recipe}", "run folder; {recipe} is replaced")
-    overwrite: bool = key(False, "replace the contents of an existing run folder")
-    epochs: NonNegative = key(40, "epochs: one rollout and its updates each")
-    device: Literal["auto", "cpu", "cuda"] = key("auto", "where to run")
+    output_dir: str = free_key("runs/{recipe}", "run folder; {recipe} is replaced")
+    overwrite: bool = free_key(False, "replace the contents of an existing run folder")
+    epochs: NonNegative = free_key(40, "epochs: one rollout and its updates each")
+    device: Literal["auto", "cpu", "cuda"] = rounding_key("auto", "where to run")
     precision: Literal["fp32", "fp16", "bf16"] = key("fp32", "of the frozen weights and matmuls")
-    threads: Annotated[int, Field(ge=0, le=1024)] = key(0, "CPU threads; 0: torch's default")
-    trackers: Trackers = key(
+    threads: Annotated[int, Field(ge=0, le=1024)] = rounding_key(
+        0, "CPU threads; 0: torch's default"
+    )
+    trackers: Trackers = free_key(
         [], "tensorboard, wandb: where metrics go beside metrics.jsonl (offline, see WANDB_MODE)"
     )
     model: ModelConfig = section(ModelConfig, "what is fine-tuned")
@@ -367,86 +271,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        for problem in _contradictions(self):
+        for problem in contradictions(self):
             raise ValueError(problem)
         return self
-
-
-def _contradictions(c: Config) -> Iterator[str]:
-    if c.prompts.path is None and c.prompts.dataset is None and c.prompts.generator is None:
-        yield "prompts: expected prompts.path, prompts.dataset or prompts.generator, got none"
-    samples = c.prompts.per_epoch * c.prompts.group_size
-    if c.train.updates_per_epoch > samples:
-        yield (
-            f"train.updates_per_epoch: expected at most per_epoch x group_size = {samples}, "
-            f"got {c.train.updates_per_epoch}"
-        )
-    window = c.sampling.sde_window
-    if c.sampling.sde_window_range is not None:
-        low, high = c.sampling.sde_window_range
-        # it may reach beyond num_steps, where it ends: a recipe's range outlives fewer steps
-        if not 0 <= low < high or high - low < window:
-            yield (
-                "sampling.sde_window_range: expected 0 <= first < last that holds the window of "
-                f"{window} steps, got [{low}, {high}]"
-            )
-    gate = c.algorithm.gate
-    if c.algorithm.kl_coef > 0 and gate.mode in ("paper", "official") and not c.rewards.aux:
-        yield (
-            f"algorithm.gate.mode: '{gate.mode}' needs at least one auxiliary reward "
-            "(rewards.aux); without one use gate.mode all or off"
-        )
-    if c.algorithm.reference.guard and not c.rewards.aux:
-        yield "algorithm.reference.guard: needs at least one auxiliary reward (rewards.aux)"
-    if gate.adaptive and gate.mode in ("paper", "official") and not 0.02 <= gate.fraction <= 0.2:
-        yield (
-            "algorithm.gate.fraction: an adaptive fraction moves in [0.02, 0.2]; expected a start "
-            f"within it (or algorithm.gate.adaptive false), got {gate.fraction}"
-        )
-    if c.algorithm.diversity and c.rewards.features is None:
-        yield "algorithm.diversity: needs rewards.features (what distances are measured in)"
-    for role in ("proxy_weights", "aux", "eval"):
-        names = list(getattr(c.rewards, role))
-        for name in names:
-            # it becomes part of metric names and of servers' URLs
-            if not re.fullmatch(r"(?!\.+$)[\w.:+-]+", name):
-                yield (
-                    f"rewards.{role.split('_')[0]}: expected names of letters, digits and _ . : + "
-                    f"-, got '{name}'"
-                )
-            if names.count(name) > 1:
-                yield f"rewards.{role}: expected different rewards, got '{name}' twice"
-    for name in c.rewards.proxy_weights:
-        if name in c.rewards.aux:
-            yield f"rewards.aux: '{name}' is the proxy and cannot judge itself"
-    if c.algorithm.name == "nft" and c.algorithm.ratio_norm != "none":
-        yield f"algorithm.ratio_norm: nft has no ratio; expected none, got {c.algorithm.ratio_norm}"
-    if c.algorithm.name == "nft" and c.sampling.same_latent:
-        yield (
-            "sampling.same_latent: nft adds no noise while sampling, so all samples of a prompt "
-            "would be the same image; expected false"
-        )
-    if c.algorithm.name == "grpo" and c.sampling.solver != "euler":
-        yield (
-            "sampling.solver: grpo's rollouts are noisy steps; expected euler, "
-            f"got {c.sampling.solver}"
-        )
-    if c.model.full_finetune and c.precision == "fp16":
-        yield "model.full_finetune: expected precision fp32 or bf16, got fp16"
-    for name in c.health.stop_on:
-        if getattr(c.health, name) is None:
-            yield f"health.stop_on: '{name}' is off; expected a threshold for health.{name}"
-        if name == "diversity" and c.rewards.features is None:
-            yield "health.stop_on: 'diversity' needs rewards.features, which distances are of"
-        if name in ("ratio", "ratio_mean", "clip_fraction") and c.algorithm.name == "nft":
-            yield f"health.stop_on: nft has no ratio; expected alarms of nft, got '{name}'"
-        if name == "kl" and c.algorithm.kl_coef == 0:
-            yield "health.stop_on: 'kl' is not measured without algorithm.kl_coef"
-    best, every = c.checkpoint.keep_best, c.checkpoint.every
-    if best is not None and best.startswith("evaluation/"):
-        if not (every and c.evaluation.every and c.evaluation.every % every == 0):
-            yield (
-                f"checkpoint.keep_best: '{best}' needs checkpoints where evaluations are; expected "
-                f"evaluation.every to be a multiple of checkpoint.every, got "
-                f"{c.evaluation.every} and {every}"
-            )

@@ -45,7 +45,7 @@ def test_a_difference_is_measured(rollout, make_sampler):
 @pytest.mark.parametrize("worst", [0.02, float("nan")])
 def test_above_the_bound_the_run_stops_with_an_explanation(worst):
     runtime, deviation = Runtime("cpu"), torch.tensor(worst)
-    with pytest.raises(UserError, match="max .ratio - 1. is .*max_ratio_deviation .*batch_size"):
+    with pytest.raises(UserError, match="max .ratio - 1. is .*health.ratio .*batch_size"):
         check_parity(deviation, 0.01, runtime)
     if worst == worst:
         assert check_parity(deviation, None, runtime) == pytest.approx(worst)

@@ -22,7 +22,7 @@ RUN = {
     "checkpoint__every": 3,
     "prompts__group_size": 4,
     "train__batch_size": 2,
-    "sampling__max_ratio_deviation": "null",
+    "health__ratio": "null",
     "algorithm__reference__reset_every": 3,
 }
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from gardo.config import Config, iter_keys, load_config, recipe_names, to_yaml, validate
+from gardo.config import (
+    Config,
+    iter_keys,
+    load_config,
+    on_resume,
+    recipe_names,
+    to_yaml,
+    validate,
+)
 from gardo.types import UserError
 
 # keys that callers outside this repository rely on
@@ -28,6 +36,32 @@ def test_all_keys_of_the_contract_exist_and_are_documented():
     keys = dict(iter_keys())
     assert set(CONTRACT_KEYS) <= keys.keys()
     assert all(field.description for field in keys.values())
+
+
+# what a change on resume changes; of all other keys it changes results
+NOTHING = """
+recipe output_dir overwrite epochs trackers model.embedding_cache
+rewards.max_missing_share rewards.servers rewards.client.timeout rewards.client.connect_timeout
+rewards.client.retries rewards.client.backoff rewards.client.startup_timeout
+rewards.client.encoding rewards.client.token_env rewards.client.token_file
+evaluation.every evaluation.at_start evaluation.grid_images
+checkpoint.every checkpoint.keep_last checkpoint.keep_best checkpoint.best checkpoint.snapshot
+health.max_skipped_in_a_row health.stop_on health.patience health.ratio health.ratio_mean
+health.clip_fraction health.kl health.grad_norm health.reward_drop health.reward_rise
+health.missing health.diversity health.image_variance
+""".split()
+ROUNDING = """
+device threads model.gradient_checkpointing model.attention_backend model.compile model.vae_dtype
+model.vae_tiling model.vae_slicing sampling.batch_size sampling.cuda_graph
+sampling.offload_trajectories train.batch_size train.fused_optimizer
+""".split()
+
+
+def test_every_key_says_what_its_change_on_resume_changes():
+    effects = {name: on_resume(field) for name, field in iter_keys()}
+    assert set(effects.values()) == {"nothing", "rounding", "results"}
+    assert {name for name, effect in effects.items() if effect == "nothing"} == set(NOTHING)
+    assert {name for name, effect in effects.items() if effect == "rounding"} == set(ROUNDING)
 
 
 @pytest.mark.parametrize("name", recipe_names())

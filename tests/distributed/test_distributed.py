@@ -27,7 +27,7 @@ SETTINGS = {
     "prompts.group_size": "6",
     "sampling.batch_size": "4",
     "train.batch_size": "4",
-    "sampling.max_ratio_deviation": "null",
+    "health.ratio": "null",
     "evaluation.every": "0",
     "algorithm.gate.mode": "all",  # every sample passes the reference
     "algorithm.kl_coef": "0.5",

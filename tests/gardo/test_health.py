@@ -325,7 +325,7 @@ def test_a_checkpoint_without_the_level_is_refused(runner, tmp_path):
 
 # --- several processes
 
-SHARED = {**RUN, "sampling__max_ratio_deviation": "null"}
+SHARED = {**RUN, "health__ratio": "null"}
 
 
 def train_together(processes, folder, hook, **environment):

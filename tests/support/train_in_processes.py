@@ -30,7 +30,7 @@ SMALL = {
     "sampling.sde_window": 0,
     "sampling.sde_window_range": "null",
     "sampling.batch_size": 3,
-    "sampling.max_ratio_deviation": "null",
+    "health.ratio": "null",
     "train.batch_size": 3,
     "train.timestep_fraction": 0.5,
     "train.learning_rate": 1e-3,

@@ -1,0 +1,125 @@
+"""The keys of the method: gate, reference policy, and the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from gardo.config.fields import (
+    ClipRange,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+    Share,
+    key,
+    section,
+)
+
+
+class GateConfig(Section):
+    mode: Literal["paper", "official", "all", "off"] = key(
+        "paper",
+        "which samples get the KL penalty: over-rated by the proxy (paper), under-rated (official)",
+    )
+    ties: Literal["auto", "half", "ordinal"] = key(
+        "auto",
+        "equal rewards count one half, or rank in sample order; auto: half, with mode official "
+        "ordinal",
+    )
+    fraction: Fraction = key(0.1, "initial share of samples that are gated")
+    share_of: Literal["nonnegative", "all"] = key(
+        "nonnegative", "what the fraction is a share of: the samples with U >= 0, or all"
+    )
+    adaptive: bool = key(True, "adapt the fraction to the trend of the uncertainty")
+    scope: Literal["batch", "group"] = key("batch", "win rates over the batch or the prompt group")
+
+
+class ReferenceConfig(Section):
+    kl_threshold: NonNegativeFloat = key(3e-4, "reset when the epoch's KL exceeds this; 0: never")
+    reset_every: NonNegative = key(10, "reset at least every so many epochs; 0: never")
+    judged_by: Literal["epoch", "update"] = key(
+        "epoch",
+        "which KL the threshold looks at: the epoch's mean over gated samples, or the KL term in "
+        "the loss of any optimizer step",
+    )
+    guard: bool = key(
+        False, "reset only to a policy that the auxiliary rewards trust no less than the reference"
+    )
+    guard_window: Positive = key(5, "epochs that the guard judges a policy by")
+    guard_share: Share = key(
+        0.05, "share of the samples, the most uncertain, whose mean uncertainty it watches"
+    )
+    guard_uncertainty: NonNegativeFloat = key(
+        0.05, "most that this mean may exceed the lowest of any reference so far"
+    )
+    guard_win_rate: Fraction = key(
+        0.5, "least win rate against the reference's samples by the auxiliary rewards"
+    )
+
+
+class NFTConfig(Section):
+    beta: PositiveFloat = key(1.0, "strength of the implicit positive and negative policies")
+    decay_rate: NonNegativeFloat = key(
+        0.001, "the behaviour policy keeps min(rate * (optimizer steps - start), max) of itself"
+    )
+    decay_start: NonNegative = key(0, "optimizer steps in which it follows the policy at once")
+    decay_max: Fraction = key(0.5, "the most that it keeps of itself at an epoch's end")
+
+
+# what the published code does differently; each key can also be set alone
+_OFFICIAL = {"kl_scale": "official", "kl_reduction": "microbatch"}
+_OFFICIAL_SECTIONS: dict[str, dict[str, Any]] = {
+    "gate": {"mode": "official", "ties": "ordinal", "share_of": "nonnegative"},
+    "reference": {"judged_by": "update", "reset_every": 16},  # more than 15 epochs
+}
+
+
+class AlgorithmConfig(Section):
+    name: Literal["grpo", "nft"] = key(
+        "grpo", "policy gradient on the denoising steps, or DiffusionNFT on the forward process"
+    )
+    compat: Literal["paper", "official"] = key(
+        "paper",
+        "official: defaults of gate.mode, gate.ties, gate.share_of, kl_scale, kl_reduction, "
+        "kl_when_ungated and reference.judged_by, .reset_every as in the published code",
+    )
+    kl_coef: NonNegativeFloat = key(0.1, "weight of the KL penalty; 0: no reference pass")
+    kl_scale: Literal["exact", "official"] = key("exact", "variance in the KL")
+    kl_reduction: Literal["gated", "batch", "microbatch"] = key(
+        "gated",
+        "KL averaged over the gated samples of an update, over all its samples, or over the gated "
+        "samples of each micro-batch",
+    )
+    kl_when_ungated: Literal["none", "all"] = key(
+        "none", "who is penalised where no sample of an update or micro-batch is gated"
+    )
+    clip_range: ClipRange = key(1e-4, "PPO clip range, or [low, high]")
+    ratio_norm: Literal["none", "guard"] = key(
+        "none", "guard: GRPO-Guard's normalised ratio and gradient weights (grpo)"
+    )
+    adv_clip: PositiveFloat = key(5.0, "advantages are clamped to +- this")
+    advantage_norm: Literal["none", "group_std", "global_std"] = key(
+        "none", "what centred rewards are divided by"
+    )
+    diversity: bool = key(True, "multiply positive advantages by the nearest-neighbour distance")
+    gate: GateConfig = section(GateConfig, "which samples are penalised")
+    reference: ReferenceConfig = section(ReferenceConfig, "when the reference policy is reset")
+    nft: NFTConfig = section(NFTConfig, "DiffusionNFT's own settings")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _official_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or data.get("compat") != "official":
+            return data
+        data = {**_OFFICIAL, **data}
+        if data.get("name") == "nft":
+            data.setdefault("kl_when_ungated", "all")
+        for name, defaults in _OFFICIAL_SECTIONS.items():
+            own = data.get(name) or {}
+            data[name] = {**defaults, **own} if isinstance(own, Mapping) else own
+        return data

@@ -1,0 +1,91 @@
+"""What must hold between the keys of a configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gardo.config.schema import Config
+
+
+def contradictions(c: Config) -> Iterator[str]:
+    """Sentences about keys that contradict each other."""
+    if c.prompts.path is None and c.prompts.dataset is None and c.prompts.generator is None:
+        yield "prompts: expected prompts.path, prompts.dataset or prompts.generator, got none"
+    samples = c.prompts.per_epoch * c.prompts.group_size
+    if c.train.updates_per_epoch > samples:
+        yield (
+            f"train.updates_per_epoch: expected at most per_epoch x group_size = {samples}, "
+            f"got {c.train.updates_per_epoch}"
+        )
+    window = c.sampling.sde_window
+    if c.sampling.sde_window_range is not None:
+        low, high = c.sampling.sde_window_range
+        # it may reach beyond num_steps, where it ends: a recipe's range outlives fewer steps
+        if not 0 <= low < high or high - low < window:
+            yield (
+                "sampling.sde_window_range: expected 0 <= first < last that holds the window of "
+                f"{window} steps, got [{low}, {high}]"
+            )
+    gate = c.algorithm.gate
+    if c.algorithm.kl_coef > 0 and gate.mode in ("paper", "official") and not c.rewards.aux:
+        yield (
+            f"algorithm.gate.mode: '{gate.mode}' needs at least one auxiliary reward "
+            "(rewards.aux); without one use gate.mode all or off"
+        )
+    if c.algorithm.reference.guard and not c.rewards.aux:
+        yield "algorithm.reference.guard: needs at least one auxiliary reward (rewards.aux)"
+    if gate.adaptive and gate.mode in ("paper", "official") and not 0.02 <= gate.fraction <= 0.2:
+        yield (
+            "algorithm.gate.fraction: an adaptive fraction moves in [0.02, 0.2]; expected a start "
+            f"within it (or algorithm.gate.adaptive false), got {gate.fraction}"
+        )
+    if c.algorithm.diversity and c.rewards.features is None:
+        yield "algorithm.diversity: needs rewards.features (what distances are measured in)"
+    for role in ("proxy_weights", "aux", "eval"):
+        names = list(getattr(c.rewards, role))
+        for name in names:
+            # it becomes part of metric names and of servers' URLs
+            if not re.fullmatch(r"(?!\.+$)[\w.:+-]+", name):
+                yield (
+                    f"rewards.{role.split('_')[0]}: expected names of letters, digits and _ . : + "
+                    f"-, got '{name}'"
+                )
+            if names.count(name) > 1:
+                yield f"rewards.{role}: expected different rewards, got '{name}' twice"
+    for name in c.rewards.proxy_weights:
+        if name in c.rewards.aux:
+            yield f"rewards.aux: '{name}' is the proxy and cannot judge itself"
+    if c.algorithm.name == "nft" and c.algorithm.ratio_norm != "none":
+        yield f"algorithm.ratio_norm: nft has no ratio; expected none, got {c.algorithm.ratio_norm}"
+    if c.algorithm.name == "nft" and c.sampling.same_latent:
+        yield (
+            "sampling.same_latent: nft adds no noise while sampling, so all samples of a prompt "
+            "would be the same image; expected false"
+        )
+    if c.algorithm.name == "grpo" and c.sampling.solver != "euler":
+        yield (
+            "sampling.solver: grpo's rollouts are noisy steps; expected euler, "
+            f"got {c.sampling.solver}"
+        )
+    if c.model.full_finetune and c.precision == "fp16":
+        yield "model.full_finetune: expected precision fp32 or bf16, got fp16"
+    for name in c.health.stop_on:
+        if getattr(c.health, name) is None:
+            yield f"health.stop_on: '{name}' is off; expected a threshold for health.{name}"
+        if name == "diversity" and c.rewards.features is None:
+            yield "health.stop_on: 'diversity' needs rewards.features, which distances are of"
+        if name in ("ratio", "ratio_mean", "clip_fraction") and c.algorithm.name == "nft":
+            yield f"health.stop_on: nft has no ratio; expected alarms of nft, got '{name}'"
+        if name == "kl" and c.algorithm.kl_coef == 0:
+            yield "health.stop_on: 'kl' is not measured without algorithm.kl_coef"
+    best, every = c.checkpoint.keep_best, c.checkpoint.every
+    if best is not None and best.startswith("evaluation/"):
+        if not (every and c.evaluation.every and c.evaluation.every % every == 0):
+            yield (
+                f"checkpoint.keep_best: '{best}' needs checkpoints where evaluations are; expected "
+                f"evaluation.every to be a multiple of checkpoint.every, got "
+                f"{c.evaluation.every} and {every}"
+            )
