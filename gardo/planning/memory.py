@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gardo.algorithms.registry import ALGORITHMS
 from gardo.config import Config
+from gardo.models.adapters import BEHAVIOUR
 from gardo.models.architectures import Architecture, Counts
 from gardo.planning.counts import EpochCounts
 from gardo.planning.simulation import DecodeCosts, SampleCosts
@@ -145,9 +147,11 @@ def reward_items(config: Config) -> list[Item]:
 
 def _weights(config: Config, parameters: Counts, trainable: int, processes: int) -> list[Item]:
     """Transformer, adapters and what the optimizer keeps: gradients and two moments in float32."""
-    policies, copied = 2, "policy and reference"
-    if config.algorithm.name == "nft":
-        policies, copied = 3, "policy, reference and behaviour policy"
+    names = [
+        "behaviour policy" if name == BEHAVIOUR else name
+        for name in ALGORITHMS[config.algorithm.name].adapter_names
+    ]
+    policies, copied = len(names), f"{', '.join(names[:-1])} and {names[-1]}"
     average = 4 * trainable if config.train.ema else 0
     # DDP keeps its own buckets of gradients
     buckets = 4 * trainable if processes > 1 else 0
