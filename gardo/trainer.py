@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,12 +11,11 @@ import torch
 
 from gardo.algorithms.adaptive_reference import AdaptiveReference
 from gardo.algorithms.ema import EMA
-from gardo.algorithms.grpo import GRPO
 from gardo.algorithms.guard import GuardedUpdates
-from gardo.algorithms.nft import NFT
-from gardo.algorithms.parity import check_parity, ratio_deviation
+from gardo.algorithms.parity import ParityCheck
+from gardo.algorithms.registry import ALGORITHMS
 from gardo.algorithms.shaping import Shaper
-from gardo.algorithms.update import Algorithm, UpdateStats
+from gardo.algorithms.update import UpdateStats
 from gardo.checkpointing.checkpoint import TrainingState
 from gardo.checkpointing.policy import CheckpointPolicy
 from gardo.checkpointing.resume import ResumePoint, reopen
@@ -26,7 +25,7 @@ from gardo.data.prompts import PromptSampler, load_prompts
 from gardo.distributed.process import Runtime
 from gardo.distributed.sharding import refuse_with_sharding
 from gardo.evaluation.heldout import HeldOutEvaluator
-from gardo.models.adapters import BEHAVIOUR, POLICY, REFERENCE, build_adapters
+from gardo.models.adapters import POLICY, REFERENCE, build_adapters
 from gardo.models.embeddings import EmbeddingTable, embedding_cache
 from gardo.models.loading import load_model
 from gardo.rewards.overlap import ScoringWorker
@@ -42,7 +41,6 @@ from gardo.run.trackers import Trackers
 from gardo.sampling.graph import GraphedTrajectories, use_graphs
 from gardo.sampling.plan import plan_epoch
 from gardo.sampling.rollout import Rollout, Sampler
-from gardo.sampling.steps import sde_window, step_table
 from gardo.types import Prompt, UserError
 
 
@@ -66,10 +64,9 @@ class Trainer:
         )
         self.model.release_text_encoders(place_transformer=not runtime.sharded)
 
-        algorithm: type[Algorithm] = NFT if config.algorithm.name == "nft" else GRPO
-        names = (POLICY, REFERENCE, BEHAVIOUR)[: 3 if algorithm is NFT else 2]
+        algorithm = ALGORITHMS[config.algorithm.name]
         self.adapters = build_adapters(
-            self.model, config.model, derive_seed(config.seed, "lora"), names
+            self.model, config.model, derive_seed(config.seed, "lora"), algorithm.adapter_names
         )
         train = config.train
         self.optimizer = torch.optim.AdamW(
@@ -94,7 +91,7 @@ class Trainer:
             graphs=self.graphs,
             offload=config.sampling.offload_trajectories,
         )
-        self.parity_checked = False
+        self.parity = ParityCheck(config, self.sampler, runtime)
         self.start_epoch, self.resumed, self.evaluated = 0, False, False
         self.schedule = self.model.schedule(config.sampling.num_steps, self.resolution)
         self.shaper = Shaper(config.algorithm, self.rewards)
@@ -181,8 +178,8 @@ class Trainer:
             data = self.algorithm.prepare(rollout, shaped, self.schedule, config.seed, epoch)
         self.runtime.stop_together()
         with stage("update"), self.checkpoints.updates():
-            if isinstance(self.algorithm, GRPO):
-                self.check_parity(rollout, data.steps)
+            if self.algorithm.has_ratios:
+                self.parity(rollout, data.steps, self.progress.write)
             stats = UpdateStats(config.algorithm.reference.judged_by)
             updates = config.train.updates_per_epoch
             for index in range(updates):
@@ -214,7 +211,7 @@ class Trainer:
 
     def roll_out_and_score(self, epoch: int, prompts: list[Prompt]) -> tuple[Rollout, ScoreBook]:
         """Sample the epoch's images, each batch scored while the next one is drawn."""
-        config, sampling = self.config, self.config.sampling
+        config = self.config
         plan = plan_epoch(
             config.prompts.per_epoch,
             config.prompts.group_size,
@@ -222,18 +219,9 @@ class Trainer:
             self.runtime.rank,
             self.runtime.world_size,
         )
-        table = step_table(
-            self.schedule,
-            self.runtime.device,
-            kind="ode" if isinstance(self.algorithm, NFT) else sampling.sde,
-            noise_level=sampling.noise_level,
-            kl_scale=config.algorithm.kl_scale,
-            window=sde_window(sampling, config.seed, epoch),
-            solver=sampling.solver,
-        )
-        rollout, filled = self.sampler.rollout(
-            plan, [p.text for p in prompts], table, config.seed, epoch, sampling.same_latent
-        )
+        texts, same_latent = [p.text for p in prompts], config.sampling.same_latent
+        steps = self.algorithm.rollout_steps(config, self.schedule, self.runtime.device, epoch)
+        rollout, filled = self.sampler.rollout(plan, texts, steps, config.seed, epoch, same_latent)
         index, names = plan.prompt_index.tolist(), self.rewards.training_names
         with (
             self.algorithm.sampling(),
@@ -248,16 +236,6 @@ class Trainer:
                 self.progress.within_stage(rows.stop, len(rollout))
             with self.progress.stage("score"), self.runtime.waiting():
                 return rollout, worker.collect()
-
-    def check_parity(self, rollout: Rollout, steps: Sequence[int]) -> None:
-        """Once per run: do sampling and training agree on the log-probs? UserError if not."""
-        if self.parity_checked:
-            return
-        batch_size, bound = self.config.train.batch_size, self.config.health.ratio
-        deviation = ratio_deviation(self.sampler, rollout, steps, batch_size)
-        worst = check_parity(deviation, bound, self.runtime)
-        self.progress.write(f"before the first update: max |ratio - 1| = {worst:.1e}")
-        self.parity_checked = True
 
     def resume(self, point: ResumePoint) -> RunFolder:
         """Take over the state of a checkpoint and cut its run's files back to it.

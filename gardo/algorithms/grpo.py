@@ -12,6 +12,7 @@ import gardo_kernels as gk
 from gardo.algorithms.reference import reference_pass, trained_steps
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.algorithms.update import Algorithm, EpochData, MicroBatch, UpdateStats
+from gardo.config import Config
 from gardo.models.base import Schedule
 from gardo.rng import derive_seed, normal_rows
 from gardo.sampling.rollout import Rollout, noise_source
@@ -41,6 +42,17 @@ class TrainingData(EpochData):
 
 class GRPO(Algorithm):
     """Updates the policy from `TrainingData`: Flow-GRPO (arXiv 2505.05470), with GARDO's KL."""
+
+    noisy = True
+    has_ratios = True
+
+    @classmethod
+    def count_trained_steps(cls, config: Config) -> int:
+        """A share of the stochastic steps; which coefficients vanish is the SDE's matter."""
+        sigmas, train = torch.linspace(1.0, 0.0, config.sampling.num_steps + 1), config.train
+        schedule = Schedule(sigmas, sigmas[:-1] * 1000)
+        table = cls.rollout_steps(config, schedule, torch.device("cpu"), epoch=0)
+        return len(trained_steps(table, train.timestep_fraction, train.timestep_selection, 0))
 
     def prepare(
         self, rollout: Rollout, shaped: ShapedEpoch, schedule: Schedule, seed: int, epoch: int

@@ -12,8 +12,8 @@ import gardo_kernels as gk
 from gardo.algorithms.reference import RowVelocities, reference_pass, velocity_pass
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.algorithms.update import Algorithm, EpochData, MicroBatch, UpdateStats
-from gardo.config import NFTConfig
-from gardo.models.adapters import BEHAVIOUR, POLICY
+from gardo.config import Config, NFTConfig
+from gardo.models.adapters import BEHAVIOUR, POLICY, REFERENCE
 from gardo.models.base import Schedule
 from gardo.rng import generator
 from gardo.sampling.plan import batches
@@ -46,7 +46,15 @@ class NFT(Algorithm):
     log-probs. Guidance is not part of the loss: what it would add, the policy learns.
     """
 
+    adapter_names = (POLICY, REFERENCE, BEHAVIOUR)
     sampled_by = BEHAVIOUR
+    noisy = False
+    has_ratios = False
+    extra_forwards = 1
+
+    @classmethod
+    def count_trained_steps(cls, config: Config) -> int:
+        return count_noise_levels(config.sampling.num_steps, config.train.timestep_fraction)
 
     def prepare(
         self, rollout: Rollout, shaped: ShapedEpoch, schedule: Schedule, seed: int, epoch: int

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 import gardo_kernels as gk
+from gardo.config import Config
 from gardo.distributed.process import Runtime
 from gardo.sampling.plan import batches, padded_rows
 from gardo.sampling.rollout import Rollout, Sampler
@@ -65,3 +66,21 @@ def check_parity(deviation: torch.Tensor, bound: float | None, runtime: Runtime)
             "raise the bound (null: report only)"
         )
     return worst
+
+
+class ParityCheck:
+    """The check that a process makes once, before its first update."""
+
+    def __init__(self, config: Config, sampler: Sampler, runtime: Runtime) -> None:
+        self.config, self.sampler, self.runtime = config, sampler, runtime
+        self.done = False
+
+    def __call__(self, rollout: Rollout, steps: Sequence[int], say: Callable[[str], None]) -> None:
+        """UserError, on all processes, if the log-probs of sampling and training disagree."""
+        if self.done:
+            return
+        batch_size, bound = self.config.train.batch_size, self.config.sampling.max_ratio_deviation
+        deviation = ratio_deviation(self.sampler, rollout, steps, batch_size)
+        worst = check_parity(deviation, bound, self.runtime)
+        say(f"before the first update: max |ratio - 1| = {worst:.1e}")
+        self.done = True

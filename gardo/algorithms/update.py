@@ -16,13 +16,14 @@ from torch import Tensor
 from gardo.algorithms.reference import RowVelocities
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.checkpointing.state_tensors import whole
-from gardo.config import AlgorithmConfig, TrainConfig
+from gardo.config import AlgorithmConfig, Config, TrainConfig
 from gardo.distributed.process import Runtime
-from gardo.models.adapters import POLICY, Adapters, FullCopies
+from gardo.models.adapters import POLICY, REFERENCE, Adapters, FullCopies
 from gardo.models.base import Schedule
 from gardo.run.health import Outcome
 from gardo.sampling.plan import EpochPlan, padded_rows
 from gardo.sampling.rollout import Rollout, Sampler
+from gardo.sampling.steps import StepTable, sde_window, step_table
 from gardo.sampling.trajectory import Conditioning
 
 Probe = Callable[[Tensor, "MicroBatch", int], None]
@@ -46,10 +47,21 @@ class EpochData:
 
 
 class Algorithm(ABC):
-    """Turns a scored rollout into optimizer steps of the policy."""
+    """Turns a scored rollout into optimizer steps of the policy.
 
-    #: the adapter that draws the rollouts
+    What the trainer and the planner need to know of an algorithm, they ask its class.
+    """
+
+    #: the policy and its frozen companions
+    adapter_names: ClassVar[tuple[str, ...]] = (POLICY, REFERENCE)
+    #: which of them draws the rollouts
     sampled_by: ClassVar[str] = POLICY
+    #: whether rollouts are noisy steps, with log-probs, rather than steps of an ODE
+    noisy: ClassVar[bool]
+    #: whether the loss has the ratio of the policy's probabilities to those of sampling
+    has_ratios: ClassVar[bool]
+    #: forwards of the behaviour policy per sample and trained step, before the updates
+    extra_forwards: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -68,6 +80,27 @@ class Algorithm(ABC):
         self.optimizer = optimizer
         self.runtime = runtime
         self._probe: Probe | None = None
+
+    @classmethod
+    def rollout_steps(
+        cls, config: Config, schedule: Schedule, device: torch.device, epoch: int
+    ) -> StepTable:
+        """The steps that draw an epoch's samples."""
+        sampling = config.sampling
+        return step_table(
+            schedule,
+            device,
+            kind=sampling.sde if cls.noisy else "ode",
+            noise_level=sampling.noise_level,
+            kl_scale=config.algorithm.kl_scale,
+            window=sde_window(sampling, config.seed, epoch),
+            solver=sampling.solver,
+        )
+
+    @classmethod
+    @abstractmethod
+    def count_trained_steps(cls, config: Config) -> int:
+        """How many times an epoch trains each of its samples."""
 
     @contextmanager
     def sampling(self) -> Iterator[None]:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from gardo.algorithms.nft import count_noise_levels
-from gardo.algorithms.reference import trained_steps
+from gardo.algorithms.registry import ALGORITHMS
 from gardo.config import Config
 from gardo.families import Family
 from gardo.models.base import Schedule
 from gardo.sampling.plan import EpochPlan, batches, plan_epoch
-from gardo.sampling.steps import sde_window, step_table
 
 # U = w(proxy) - mean w(aux) has mean 0, so about half of the samples stand in the set with U >= 0
 # that the gate takes its fraction of.
@@ -26,7 +22,7 @@ class EpochCounts:
     Attributes:
         samples: images per epoch over all processes.
         rows_per_sample: 2 with classifier-free guidance, else 1.
-        trained_steps: denoising steps that are trained.
+        trained_steps: how many times each sample is trained.
         gated_share: share of the samples that is expected to carry the KL penalty.
         rollout_rows, behaviour_rows, reference_rows, train_rows: rows per epoch over all
             processes, padding included; the reference's at ``gated_share``.
@@ -74,7 +70,8 @@ def count_epoch(config: Config, processes: int, family: Family) -> EpochCounts:
     ]
     rollout = [_batches(plan, sampling.batch_size) for plan in plans]
     training = [_batches(plan, train.batch_size) for plan in plans]
-    steps = count_trained_steps(config)
+    algorithm = ALGORITHMS[config.algorithm.name]
+    steps = algorithm.count_trained_steps(config)
     samples = prompts.per_epoch * prompts.group_size
     gated = expected_gated_share(config)
     padded_rollout = sum(size * count for size, count in rollout) - samples
@@ -90,8 +87,7 @@ def count_epoch(config: Config, processes: int, family: Family) -> EpochCounts:
         rows_per_sample=rows,
         gated_share=gated,
         rollout_rows=(samples + padded_rollout) * sampling.num_steps * rows,
-        # DiffusionNFT runs the behaviour policy on every noised sample
-        behaviour_rows=samples * steps if config.algorithm.name == "nft" else 0,
+        behaviour_rows=samples * steps * algorithm.extra_forwards,
         reference_rows=round(samples * gated) * steps * rows,
         train_rows=(samples + padded_train) * steps * rows,
         samples_per_process=max(len(plan.sample_ids) for plan in plans),
@@ -108,23 +104,6 @@ def _batches(plan: EpochPlan, largest: int) -> tuple[int, int]:
     """Size of a process's batches, all padded to it, and how many there are in an epoch."""
     size = plan.batch_size(largest)
     return size, sum(len(batches(update, size)) for update in plan.updates)
-
-
-def count_trained_steps(config: Config) -> int:
-    """Denoising steps that an epoch trains; which coefficients vanish is the SDE's matter."""
-    sampling = config.sampling
-    if config.algorithm.name == "nft":
-        return count_noise_levels(sampling.num_steps, config.train.timestep_fraction)
-    sigmas = torch.linspace(1.0, 0.0, sampling.num_steps + 1)
-    table = step_table(
-        Schedule(sigmas, sigmas[:-1] * 1000),
-        torch.device("cpu"),
-        kind=sampling.sde,
-        noise_level=sampling.noise_level,
-        window=sde_window(sampling, config.seed, 0),
-    )
-    train = config.train
-    return len(trained_steps(table, train.timestep_fraction, train.timestep_selection, 0))
 
 
 def expected_gated_share(config: Config) -> float:

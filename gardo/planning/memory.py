@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+from gardo.algorithms.registry import ALGORITHMS
 from gardo.config import Config
 from gardo.families import Architecture
 from gardo.models.architectures import Counts
+from gardo.models.adapters import BEHAVIOUR
 from gardo.planning.counts import EpochCounts
 from gardo.planning.simulation import DecodeCosts, SampleCosts
 from gardo.rewards.registry import declared_backbones
@@ -131,9 +133,11 @@ def reward_items(config: Config) -> list[Item]:
 
 def _weights(config: Config, parameters: Counts, trainable: int, processes: int) -> list[Item]:
     """Transformer, adapters and what the optimizer keeps: gradients and two moments in float32."""
-    policies, copied = 2, "policy and reference"
-    if config.algorithm.name == "nft":
-        policies, copied = 3, "policy, reference and behaviour policy"
+    names = [
+        "behaviour policy" if name == BEHAVIOUR else name
+        for name in ALGORITHMS[config.algorithm.name].adapter_names
+    ]
+    policies, copied = len(names), f"{', '.join(names[:-1])} and {names[-1]}"
     average = 4 * trainable if config.train.ema else 0
     # DDP keeps its own buckets of gradients
     buckets = 4 * trainable if processes > 1 else 0

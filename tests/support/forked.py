@@ -211,7 +211,7 @@ def fail(where: str, count: int, kind: str) -> None:
         raise RewardUnavailable("clean", "no server answers")
 
     owner, function = {
-        "update": (gardo.trainer.Trainer, "check_parity"),
+        "update": (gardo.trainer.ParityCheck, "__call__"),
         "score": (gardo.trainer.RewardSet, "score_one"),
     }[where]
     _before(owner, function, count, {"oom": oom, "unavailable": unavailable}[kind])
