@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-import gardo_kernels as gk
 from gardo.distributed.process import Runtime
 from gardo.sampling.plan import batches, padded_rows
 from gardo.sampling.rollout import Rollout, Sampler
@@ -30,19 +29,10 @@ def ratio_deviation(
     rows = index.to(rollout.log_prob.device)
     worst = rollout.log_prob.new_zeros(())
     for step in steps:
-        latents = rollout.latents_at(step, rows)
-        timesteps = rollout.table.timesteps[step].expand(size)
+        t = rollout.transition(step, rows)
         with torch.enable_grad():
-            v, v_uncond = sampler.velocity(latents, timesteps, conditioning)
-            log_prob = gk.sde_log_prob(
-                v,
-                latents,
-                rollout.latents_at(step + 1, rows),
-                rollout.table.coefficients[step],
-                velocity_uncond=v_uncond,
-                guidance_scale=sampler.cfg_scale,
-            ).detach()
-        ratio = torch.exp(log_prob - rollout.log_prob[step, rows])
+            log_prob = t.log_prob(sampler.velocity(t.latents, t.timesteps, conditioning)).detach()
+        ratio = torch.exp(log_prob - t.old_log_prob)
         worst = torch.maximum(worst, (ratio - 1).abs().max())
     sampler.model.rows = rows_before
     return worst

@@ -69,19 +69,6 @@ class Algorithm(ABC):
         self.runtime = runtime
         self._probe: Probe | None = None
 
-    @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """The block in which rollouts are drawn, by the policy or, for some, by another one."""
-        if self.sampled_by == POLICY:
-            yield
-            return
-        self.sampler.weights = self.sampled_by
-        try:
-            with self.adapters.use(self.sampled_by):
-                yield
-        finally:
-            self.sampler.weights = POLICY
-
     @abstractmethod
     def prepare(
         self, rollout: Rollout, shaped: ShapedEpoch, schedule: Schedule, seed: int, epoch: int
