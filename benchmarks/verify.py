@@ -21,7 +21,7 @@ from gardo.rewards.scoring import ScoreBook
 from gardo.rng import derive_seed
 from gardo.sampling.plan import plan_epoch
 from gardo.sampling.rollout import Rollout, Sampler
-from gardo.sampling.trajectory import Guidance, Trajectory, sample_trajectory
+from gardo.sampling.trajectory import Trajectory, sample_trajectory
 from gardo.types import PromptEmbeds
 
 # Largest error of each comparison, relative to the largest value (gradients: of the norms).
@@ -122,7 +122,7 @@ def _compare_epoch(work: Workload) -> dict[str, float]:
         sample_trajectory(
             work.model,
             Trajectory(latents, log_prob, noise, sampler.condition(texts), table),
-            Guidance(sampler.guidance_scale, sampler.cfg_scale),
+            sampler.guidance_scale,
         )
     stochastic = list(table.stochastic)
     errors = {

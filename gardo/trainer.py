@@ -81,7 +81,7 @@ class Trainer:
         if runtime.sharded:
             self.adapters.take_shards(runtime.shard)
         self.ema = EMA(self.adapters.parameters(POLICY), train) if train.ema else None
-        self.graphs = GraphedTrajectories() if graphs else None
+        self.graphs = GraphedTrajectories(self.adapters) if graphs else None
         self.sampler = Sampler(
             self.model,
             self.embeddings,
@@ -224,7 +224,7 @@ class Trainer:
         rollout, filled = self.sampler.rollout(plan, texts, steps, config.seed, epoch, same_latent)
         index, names = plan.prompt_index.tolist(), self.rewards.training_names
         with (
-            self.algorithm.sampling(),
+            self.adapters.use(self.algorithm.sampled_by),
             ScoringWorker(self.rewards, names, self.runtime.device) as worker,
         ):
             for rows in filled:

@@ -123,19 +123,17 @@ class GRPO(Algorithm):
         """The loss of a batch; its KL is the sum over gated samples divided by the batch size."""
         rollout, reference, rows = data.rollout, data.reference, batch.rows
         step = data.steps[step_index]
-        latents, prev = rollout.latents_at(step, rows), rollout.latents_at(step + 1, rows)
-        timesteps = rollout.table.timesteps[step].expand(len(rows))
-        velocity = self.sampler.velocity(latents, timesteps, batch.conditioning)
-        coef = rollout.table.coefficients[step]
+        t = rollout.transition(step, rows)
+        velocity = self.sampler.velocity(t.latents, t.timesteps, batch.conditioning)
         guard = data.ratio_norm if isinstance(data, TrainingData) else None
         out = gk.grpo_loss(
             velocity.cond,
-            latents,
-            prev,
-            rollout.log_prob[step, rows],
+            t.latents,
+            t.next_latents,
+            t.old_log_prob,
             # the guarded policy loss stands below; the kernel then gives the KL alone
             batch.advantage if guard is None else torch.zeros_like(batch.advantage),
-            coef,
+            t.coefficients,
             clip_range=self.algorithm.clip_range,
             adv_clip=self.algorithm.adv_clip,
             gate=None if reference is None else batch.gate,
@@ -143,12 +141,12 @@ class GRPO(Algorithm):
             kl_coef=kl_coef,
             kl_reduction="batch",
             velocity_uncond=velocity.uncond,
-            guidance_scale=self.sampler.cfg_scale,
+            guidance_scale=velocity.guidance_scale,
         )
         if guard is None:
             return out
-        v = velocity.guided(self.sampler.cfg_scale)
-        ratio = normalised_ratio(v, latents, prev, guard.noise[step_index, rows], coef)
+        noise = guard.noise[step_index, rows]
+        ratio = normalised_ratio(velocity.guided, t.latents, t.next_latents, noise, t.coefficients)
         advantage = batch.advantage.clamp(-self.algorithm.adv_clip, self.algorithm.adv_clip)
         policy = clipped_loss(ratio, advantage, self.algorithm.clip_range)
         policy = policy / guard.step_size[step_index]
@@ -159,26 +157,17 @@ class GRPO(Algorithm):
     @torch.no_grad()
     def contents(self, data: EpochData, batch: MicroBatch, step_index: int) -> dict[str, Tensor]:
         rollout, rows, step = data.rollout, batch.rows, data.steps[step_index]
-        latents, prev = rollout.latents_at(step, rows), rollout.latents_at(step + 1, rows)
-        timesteps = rollout.table.timesteps[step].expand(len(rows))
-        velocity = self.sampler.velocity(latents, timesteps, batch.conditioning)
-        log_prob = gk.sde_log_prob(
-            velocity.cond,
-            latents,
-            prev,
-            rollout.table.coefficients[step],
-            velocity_uncond=velocity.uncond,
-            guidance_scale=self.sampler.cfg_scale,
-        )
-        old = rollout.log_prob[step, rows]
+        t = rollout.transition(step, rows)
+        velocity = self.sampler.velocity(t.latents, t.timesteps, batch.conditioning)
+        log_prob = t.log_prob(velocity)
         found = {
-            "latents": latents,
-            "prev_latents": prev,
-            "timesteps": timesteps,
+            "latents": t.latents,
+            "prev_latents": t.next_latents,
+            "timesteps": t.timesteps,
             "velocity": velocity.cond,
-            "old_log_prob": old,
+            "old_log_prob": t.old_log_prob,
             "log_prob": log_prob,
-            "ratio": torch.exp(log_prob - old),
+            "ratio": torch.exp(log_prob - t.old_log_prob),
             "advantage": batch.advantage,
             "gate": batch.gate,
         }

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-import gardo_kernels as gk
 from gardo.config import Config
 from gardo.distributed.process import Runtime
 from gardo.sampling.plan import batches, padded_rows
@@ -31,19 +30,10 @@ def ratio_deviation(
     rows = index.to(rollout.log_prob.device)
     worst = rollout.log_prob.new_zeros(())
     for step in steps:
-        latents = rollout.latents_at(step, rows)
-        timesteps = rollout.table.timesteps[step].expand(size)
+        t = rollout.transition(step, rows)
         with torch.enable_grad():
-            v, v_uncond = sampler.velocity(latents, timesteps, conditioning)
-            log_prob = gk.sde_log_prob(
-                v,
-                latents,
-                rollout.latents_at(step + 1, rows),
-                rollout.table.coefficients[step],
-                velocity_uncond=v_uncond,
-                guidance_scale=sampler.cfg_scale,
-            ).detach()
-        ratio = torch.exp(log_prob - rollout.log_prob[step, rows])
+            log_prob = t.log_prob(sampler.velocity(t.latents, t.timesteps, conditioning)).detach()
+        ratio = torch.exp(log_prob - t.old_log_prob)
         worst = torch.maximum(worst, (ratio - 1).abs().max())
     sampler.model.rows = rows_before
     return worst
@@ -79,7 +69,7 @@ class ParityCheck:
         """UserError, on all processes, if the log-probs of sampling and training disagree."""
         if self.done:
             return
-        batch_size, bound = self.config.train.batch_size, self.config.sampling.max_ratio_deviation
+        batch_size, bound = self.config.train.batch_size, self.config.health.ratio
         deviation = ratio_deviation(self.sampler, rollout, steps, batch_size)
         worst = check_parity(deviation, bound, self.runtime)
         say(f"before the first update: max |ratio - 1| = {worst:.1e}")

@@ -16,10 +16,10 @@ from gardo.sampling.steps import StepTable
 
 @dataclass(frozen=True)
 class RowVelocities:
-    """Guided velocities of some rows (of the reference: the gated ones), kept for the epoch.
+    """Guided velocities of some rows (of the reference: the gated ones), kept for an epoch.
 
     Attributes:
-        velocity: ``[num_trained_steps, num_rows, *latent_shape]``.
+        velocity: ``[num_trained_steps, num_rows, *latent_shape]`` float32.
         slot: ``[n]`` int64, where such a row stands in ``velocity``; 0 for the others.
     """
 
@@ -78,10 +78,8 @@ def velocity_pass(
         k = torch.tensor([k for k, _ in pairs], device=device)
         row = torch.tensor([r for _, r in pairs], device=device)
         told = rollout.table.timesteps[trained[k]] if timesteps is None else timesteps[k, row]
-        velocities = sampler.velocity(
-            rollout.latents_at(trained[k], row), told, [rollout.prompts[r] for _, r in pairs]
-        )
-        return velocities.guided(sampler.cfg_scale)
+        prompts = [rollout.prompts[r] for _, r in pairs]
+        return sampler.velocity(rollout.latents_at(trained[k], row), told, prompts).guided
 
     pairs = [(k, row) for k in range(len(steps)) for row in some_rows]
     starts = range(0, len(pairs), sampler.batch_size)

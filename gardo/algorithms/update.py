@@ -102,19 +102,6 @@ class Algorithm(ABC):
     def count_trained_steps(cls, config: Config) -> int:
         """How many times an epoch trains each of its samples."""
 
-    @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """The block in which rollouts are drawn, by the policy or, for some, by another one."""
-        if self.sampled_by == POLICY:
-            yield
-            return
-        self.sampler.weights = self.sampled_by
-        try:
-            with self.adapters.use(self.sampled_by):
-                yield
-        finally:
-            self.sampler.weights = POLICY
-
     @abstractmethod
     def prepare(
         self, rollout: Rollout, shaped: ShapedEpoch, schedule: Schedule, seed: int, epoch: int

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import gardo_kernels as gk
-from gardo.models.base import Velocity
 from gardo.rng import generator, normal_rows
 from gardo.sampling.rollout import Sampler
 from gardo.sampling.steps import StepTable
@@ -120,9 +119,8 @@ def transition_kl(
         velocity = policy.velocity(latents, timesteps, condition)
         if step in table.trainable:
             with base() as reference:
-                other = reference.velocity(latents, timesteps, reference_condition)
-                v_base = _guided(other, reference.cfg_scale)
-            difference = _guided(velocity, policy.cfg_scale) - v_base
+                v_base = reference.velocity(latents, timesteps, reference_condition).guided
+            difference = velocity.guided - v_base
             scale = table.coefficients[step].kl
             total = total + scale * difference.square().flatten(1).mean(1)
         latents = gk.sde_step(
@@ -131,11 +129,6 @@ def transition_kl(
             table.table[step],
             noise=noise[step],
             velocity_uncond=velocity.uncond,
-            guidance_scale=policy.cfg_scale,
+            guidance_scale=velocity.guidance_scale,
         ).prev_sample
     return total / len(table.trainable)
-
-
-def _guided(velocity: Velocity, scale: float) -> Tensor:
-    uncond = None if velocity.uncond is None else velocity.uncond.float()
-    return Velocity(velocity.cond.float(), uncond).guided(scale)

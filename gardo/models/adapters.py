@@ -83,6 +83,7 @@ class LoraAdapters:
         self._parameters = {name: dict(self._named(name)) for name in self._parameters}
 
     def activate(self, adapter: str) -> None:
+        self.active = adapter
         for layer in self._layers:
             layer.set_adapter(adapter, inference_mode=adapter != POLICY)
         # the policy always asks for gradients: sharding decides by its first forward which
@@ -136,6 +137,7 @@ class FullCopies:
         self._sharded = False
         self.transformer.float().requires_grad_(True)
         self._modules = {POLICY: self.transformer}
+        self.active = POLICY
         for name in names:
             if name != POLICY:
                 self._modules[name] = copy.deepcopy(self.transformer).requires_grad_(False)
@@ -157,13 +159,13 @@ class FullCopies:
 
     @contextmanager
     def use(self, adapter: str) -> Iterator[None]:
-        trained = self._model.module
+        trained, self.active = self._model.module, adapter
         if adapter != POLICY:
             self._model.module = self._modules[adapter]
         try:
             yield
         finally:
-            self._model.module = trained
+            self._model.module, self.active = trained, POLICY
 
     @torch.no_grad()
     def copy(self, source: str, target: str, keep: float = 0.0) -> None:

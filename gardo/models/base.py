@@ -30,16 +30,22 @@ class Schedule:
 
 
 class Velocity(NamedTuple):
-    """Velocities of the prompt and, with classifier-free guidance, of the empty prompt."""
+    """Velocities of the prompt and, with classifier-free guidance, of the empty prompt.
+
+    The kernels take the three as they are; ``guidance_scale`` counts only beside ``uncond``.
+    """
 
     cond: Tensor
-    uncond: Tensor | None
+    uncond: Tensor | None = None
+    guidance_scale: float = 1.0
 
-    def guided(self, scale: float) -> Tensor:
-        """Both combined, ``uncond + scale * (cond - uncond)``; ``cond`` where it is alone."""
+    @property
+    def guided(self) -> Tensor:
+        """``uncond + guidance_scale * (cond - uncond)``, or ``cond`` alone; float32."""
         if self.uncond is None:
-            return self.cond
-        return self.uncond + scale * (self.cond - self.uncond)
+            return self.cond.float()
+        uncond = self.uncond.float()
+        return uncond + self.guidance_scale * (self.cond.float() - uncond)
 
 
 class FlowModel(Protocol):
@@ -78,8 +84,8 @@ class FlowModel(Protocol):
     ) -> Velocity:
         """Predict velocities ``[B, *latent_shape]`` at ``timesteps`` ``[B]``.
 
-        With ``uncond`` both predictions come from one forward of ``2 B`` rows; combining them is
-        the caller's part. Only models with embedded guidance look at ``guidance_scale``.
+        With ``uncond`` both predictions come from one forward of ``2 B`` rows, for
+        ``guidance_scale`` to combine; a model with embedded guidance is told the scale itself.
         """
         ...
 

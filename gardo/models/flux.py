@@ -86,7 +86,7 @@ class FluxModel(PipelineModel):
                 img_ids=self._image_ids(tokens, hidden),
                 return_dict=False,
             )[0]
-        return Velocity(out, None)
+        return Velocity(out)
 
     def _image_ids(self, tokens: int, like: Tensor) -> Tensor:
         """Row and column of every token, ``[tokens, 3]``, for its rotary embedding."""

@@ -66,9 +66,9 @@ class SD3Model(PipelineModel):
                 return_dict=False,
             )[0]
         if uncond is None:
-            return Velocity(out, None)
+            return Velocity(out)
         v_uncond, v_cond = out.chunk(2)
-        return Velocity(v_cond, v_uncond)
+        return Velocity(v_cond, v_uncond, guidance_scale)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decode_latents(latents)

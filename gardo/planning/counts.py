@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from gardo.algorithms.registry import ALGORITHMS
 from gardo.config import Config
 from gardo.families import Family
-from gardo.models.base import Schedule
 from gardo.sampling.plan import EpochPlan, batches, plan_epoch
 
 # U = w(proxy) - mean w(aux) has mean 0, so about half of the samples stand in the set with U >= 0

@@ -51,8 +51,7 @@ def measure_rates(config: Config, counts: EpochCounts) -> Rates:
 
     def forward(latents: torch.Tensor) -> torch.Tensor:
         size = len(latents)
-        v, v_uncond = sampler.velocity(latents, timesteps[0].expand(size), [prompt] * size)
-        return v if v_uncond is None else v_uncond + sampler.cfg_scale * (v - v_uncond)
+        return sampler.velocity(latents, timesteps[0].expand(size), [prompt] * size).guided
 
     rollout, training = batch(counts.rollout_batch), batch(counts.train_batch)
 
@@ -61,7 +60,7 @@ def measure_rates(config: Config, counts: EpochCounts) -> Rates:
             forward(rollout)
 
     def train() -> None:
-        forward(training).float().square().mean().backward()
+        forward(training).square().mean().backward()
 
     seconds = [_time(call, device) for call in (sample, train, lambda: model.decode(rollout))]
     rows = counts.rows_per_sample

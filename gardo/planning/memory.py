@@ -9,8 +9,8 @@ from math import prod
 from gardo.algorithms.registry import ALGORITHMS
 from gardo.config import Config
 from gardo.families import Architecture
-from gardo.models.architectures import Counts
 from gardo.models.adapters import BEHAVIOUR
+from gardo.models.architectures import Counts
 from gardo.planning.counts import EpochCounts
 from gardo.planning.simulation import DecodeCosts, SampleCosts
 from gardo.rewards.registry import declared_backbones

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from gardo.models.adapters import Adapters
 from gardo.models.base import FlowModel
-from gardo.sampling.trajectory import Guidance, Trajectory, inputs, like, sample_trajectory
+from gardo.sampling.trajectory import Trajectory, inputs, like, sample_trajectory
 from gardo.types import UserError
 
 
@@ -29,7 +30,9 @@ class GraphedTrajectories:
     are bitwise those of `sample_trajectory`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: Adapters | None = None) -> None:
+        """``adapters`` tell whose weights are active: each has graphs of its own."""
+        self.adapters = adapters
         self._captured: dict[Hashable, _Captured] = {}
         self._pool: Any = None
 
@@ -38,14 +41,13 @@ class GraphedTrajectories:
         """How many graphs were captured so far."""
         return len(self._captured)
 
-    def run(
-        self, model: FlowModel, trajectory: Trajectory, guidance: Guidance, weights: str
-    ) -> None:
-        """As `sample_trajectory`; ``weights`` names the adapter that is active."""
-        key = (_signature(trajectory), guidance, weights, id(model.module))
+    def run(self, model: FlowModel, trajectory: Trajectory, guidance_scale: float) -> None:
+        """As `sample_trajectory`."""
+        active = None if self.adapters is None else self.adapters.active
+        key = (_signature(trajectory), guidance_scale, active, id(model.module))
         captured = self._captured.get(key)
         if captured is None:
-            captured = self._captured[key] = self._capture(model, trajectory, guidance)
+            captured = self._captured[key] = self._capture(model, trajectory, guidance_scale)
         else:
             model.rows += captured.rows
         copy_inputs(trajectory, captured.buffers)
@@ -55,9 +57,13 @@ class GraphedTrajectories:
 
     @torch.inference_mode(False)  # what is made in inference mode cannot be written outside of it
     @torch.no_grad()
-    def _capture(self, model: FlowModel, trajectory: Trajectory, guidance: Guidance) -> _Captured:
+    def _capture(
+        self, model: FlowModel, trajectory: Trajectory, guidance_scale: float
+    ) -> _Captured:
         buffers, rows = like(trajectory), model.rows
-        graph = self._record(lambda: sample_trajectory(model, buffers, guidance), model.device)
+        graph = self._record(
+            lambda: sample_trajectory(model, buffers, guidance_scale), model.device
+        )
         per_replay = (model.rows - rows) // self.runs_to_record
         model.rows = rows + per_replay
         return _Captured(graph, buffers, per_replay)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import gardo_kernels as gk
 from gardo.families import FAMILIES
 from gardo.models.base import FlowModel, Velocity
 from gardo.models.embeddings import EMPTY, EmbeddingTable
@@ -15,12 +16,41 @@ from gardo.rng import generator, normal_rows
 from gardo.sampling.graph import GraphedTrajectories
 from gardo.sampling.plan import EpochPlan, padded_rows
 from gardo.sampling.steps import StepTable
-from gardo.sampling.trajectory import Conditioning, Guidance, Trajectory, sample_trajectory
+from gardo.sampling.trajectory import Conditioning, Trajectory, sample_trajectory
 
 
 def noise_source(seed: int, epoch: int, sample_id: int, device: torch.device) -> torch.Generator:
     """What draws the noise of a sample's stochastic steps, one after the other."""
     return generator(seed, "noise", epoch, sample_id, device=device)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One step of some rows' trajectories: what sampling did and training judges again.
+
+    Attributes:
+        latents, next_latents: ``[B, *latent_shape]`` float32, before and after the step.
+        timesteps: ``[B]`` float32, what the model is told.
+        coefficients: of the step, 0-d fields.
+        old_log_prob: ``[B]`` float32, by the policy that sampled.
+    """
+
+    latents: Tensor
+    next_latents: Tensor
+    timesteps: Tensor
+    coefficients: gk.SDECoefficients
+    old_log_prob: Tensor
+
+    def log_prob(self, velocity: Velocity) -> Tensor:
+        """By a policy that predicts this velocity, ``[B]`` float32, differentiable in it."""
+        return gk.sde_log_prob(
+            velocity.cond,
+            self.latents,
+            self.next_latents,
+            self.coefficients,
+            velocity_uncond=velocity.uncond,
+            guidance_scale=velocity.guidance_scale,
+        )
 
 
 @dataclass
@@ -51,6 +81,16 @@ class Rollout:
         where = [i.to(home) if isinstance(i, Tensor) else i for i in (step, rows)]
         return self.latents[where[0], where[1]].to(self.log_prob.device, non_blocking=True)
 
+    def transition(self, step: int, rows: Tensor) -> Transition:
+        """One denoising step of some rows."""
+        return Transition(
+            self.latents_at(step, rows),
+            self.latents_at(step + 1, rows),
+            self.table.timesteps[step].expand(len(rows)),
+            self.table.coefficients[step],
+            self.log_prob[step, rows],
+        )
+
 
 class Sampler:
     """Draws trajectories with shared prompt embeddings, in batches of one fixed size."""
@@ -73,17 +113,11 @@ class Sampler:
         self.batch_size = batch_size
         self.graphs = graphs
         self.offload = offload
-        self.weights = "policy"  # whose trajectories these are; graphs are kept apart by it
 
     @property
     def guided(self) -> bool:
         """Whether a second velocity, of the empty prompt, is combined with the prompt's."""
         return FAMILIES[self.model.family].guided(self.guidance_scale)
-
-    @property
-    def cfg_scale(self) -> float:
-        """The scale that combines the two velocities; 1 where there is only one."""
-        return self.guidance_scale if self.guided else 1.0
 
     def condition(self, prompts: Sequence[str]) -> Conditioning:
         """Embeddings of rows of prompts, with the empty prompt's if guided."""
@@ -127,11 +161,8 @@ class Sampler:
             log_prob = latents.new_zeros(table.num_steps, latents.shape[1])
         noise = self._noise(table, latents, noise_sources)
         trajectory = Trajectory(latents, log_prob, noise, self.condition(prompts), table)
-        guidance = Guidance(self.guidance_scale, self.cfg_scale)
-        if self.graphs is None:
-            sample_trajectory(self.model, trajectory, guidance)
-        else:
-            self.graphs.run(self.model, trajectory, guidance, self.weights)
+        draw = sample_trajectory if self.graphs is None else self.graphs.run
+        draw(self.model, trajectory, self.guidance_scale)
         for step in set(range(table.num_steps)) - set(table.stochastic):
             log_prob[step] = 0.0
 

@@ -27,19 +27,6 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class Guidance:
-    """How strongly the prompt is followed.
-
-    Attributes:
-        scale: what the model is told.
-        cfg_scale: what combines the velocities of prompt and empty prompt; 1 without the latter.
-    """
-
-    scale: float
-    cfg_scale: float
-
-
-@dataclass(frozen=True)
 class Trajectory:
     """The buffers of a batch of ``B`` rows.
 
@@ -59,27 +46,25 @@ class Trajectory:
     steps: StepTable
 
 
-def sample_trajectory(model: FlowModel, trajectory: Trajectory, guidance: Guidance) -> None:
+def sample_trajectory(model: FlowModel, trajectory: Trajectory, guidance_scale: float) -> None:
     """Run all denoising steps; writes ``latents[1:]`` and ``log_prob``."""
     latents, steps = trajectory.latents, trajectory.steps
     cond, uncond = trajectory.conditioning.cond, trajectory.conditioning.uncond
     batch, multistep, before = latents.shape[1], steps.multistep, None
     for step in range(steps.num_steps):
         timesteps = steps.timesteps[step].expand(batch)
-        velocity = model.velocity(latents[step], timesteps, cond, uncond, guidance.scale)
+        velocity = model.velocity(latents[step], timesteps, cond, uncond, guidance_scale)
         if multistep is not None:
-            guided = velocity.guided(guidance.cfg_scale)
-            following, before = multistep.step(step, latents[step], guided, before)
+            following, before = multistep.step(step, latents[step], velocity.guided, before)
             latents[step + 1].copy_(following)
             continue
-        v, v_uncond = velocity
         out = gk.sde_step(
-            v,
+            velocity.cond,
             latents[step],
             steps.table[step],
             noise=None if trajectory.noise is None else trajectory.noise[step],
-            velocity_uncond=v_uncond,
-            guidance_scale=guidance.cfg_scale,
+            velocity_uncond=velocity.uncond,
+            guidance_scale=velocity.guidance_scale,
         )
         latents[step + 1].copy_(out.prev_sample)
         trajectory.log_prob[step].copy_(out.log_prob)

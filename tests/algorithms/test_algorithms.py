@@ -156,7 +156,7 @@ def test_update_is_the_formula(config, runtime, adapters, make_sampler, rollout)
         for k, step in enumerate(STEPS):
             rows = torch.arange(4)
             x = rollout.latents[step, rows]
-            v, v_uncond = sampler.velocity(
+            v, v_uncond, _ = sampler.velocity(
                 x, rollout.table.timesteps[step].expand(4), rollout.prompts[:4]
             )
             guided = (v_uncond + 2.0 * (v - v_uncond)).double()

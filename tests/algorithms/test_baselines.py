@@ -230,7 +230,7 @@ def test_noise_of_the_rollout_is_drawn_again(rollout, make_sampler):
         with torch.no_grad():
             v = sampler.velocity(
                 rollout.latents[step], rollout.table.timesteps[step].expand(8), rollout.prompts
-            ).guided(2.0)
+            ).guided
         c = rollout.table.coefficients[step]
         prev = c.a * rollout.latents[step] + c.b * v + c.c * noise[k]
         torch.testing.assert_close(rollout.latents[step + 1], prev, rtol=0, atol=1e-4)
@@ -264,7 +264,7 @@ def test_guarded_gradient_is_that_of_the_reweighted_policy_gradient(
     for k, step in enumerate(STEPS):
         v = sampler.velocity(
             rollout.latents[step, :4], rollout.table.timesteps[step].expand(4), rollout.prompts[:4]
-        ).guided(2.0)
+        ).guided
         c = rollout.table.coefficients[step]
         shift = (noise[k, :4] * c.b * v).flatten(1).mean(1)
         loss = loss - (shaped.advantage[:4] * shift).mean() / sizes[k] / 2

@@ -163,7 +163,7 @@ class OneVelocity:
         return prompts
 
     def velocity(self, latents, timesteps, prompts):
-        return Velocity(self.answer, None)
+        return Velocity(self.answer)
 
 
 def test_recorded_loss_and_gradient(config, adapters, make_sampler, runtime):
@@ -317,14 +317,14 @@ def test_rollouts_are_drawn_by_the_behaviour_policy(config, runtime, adapters, m
     nft = nft_of(config, adapters, make_sampler(1.0), runtime)
     x, t = torch.randn(1, *nft.sampler.latent_shape), torch.tensor([500.0])
     seen = []
-    with torch.no_grad(), nft.sampling():
+    with torch.no_grad(), adapters.use(nft.sampled_by):
         seen.append(nft.sampler.velocity(x, t, PROMPTS[:1]).cond)
-        assert nft.sampler.weights == BEHAVIOUR
+        assert adapters.active == BEHAVIOUR
     with torch.no_grad():
         with adapters.use(BEHAVIOUR):
             seen.append(nft.sampler.velocity(x, t, PROMPTS[:1]).cond)
         seen.append(nft.sampler.velocity(x, t, PROMPTS[:1]).cond)
-    assert nft.sampler.weights == POLICY
+    assert adapters.active == POLICY
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
 

@@ -71,8 +71,7 @@ def test_equals_the_formula_in_float64(moved, guidance):
         with torch.no_grad():
             told = schedule.timesteps[step].expand(2)
             v, v_base = (
-                sampler.velocity(x, told, TEXTS).guided(sampler.cfg_scale).double()
-                for sampler in (policy, base)
+                sampler.velocity(x, told, TEXTS).guided.double() for sampler in (policy, base)
             )
         b = (1 + std**2 * (1 - s) / (2 * s)) * dt
         c = std * math.sqrt(-dt)

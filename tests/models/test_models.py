@@ -184,14 +184,14 @@ def test_stored_log_probs_are_reproduced_exactly_in_training(
         for step in table.trainable:
             timesteps = table.timesteps[step].expand(4)
             x = rollout.latents[step, rows]
-            v, v_uncond = sampler.velocity(x, timesteps, rollout.prompts[rows])
+            v, v_uncond, scale = sampler.velocity(x, timesteps, rollout.prompts[rows])
             log_prob = gk.sde_log_prob(
                 v,
                 x,
                 rollout.latents[step + 1, rows],
                 table.coefficients[step],
                 velocity_uncond=v_uncond,
-                guidance_scale=guidance_scale,
+                guidance_scale=scale,
             )
             assert v.requires_grad
             assert torch.equal(log_prob.detach(), rollout.log_prob[step, rows])

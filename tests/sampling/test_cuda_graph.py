@@ -13,7 +13,7 @@ import torch
 
 from gardo.config import load_config
 from gardo.families import FAMILIES
-from gardo.models.adapters import POLICY
+from gardo.models.adapters import POLICY, REFERENCE
 from gardo.models.embeddings import EmbeddingTable
 from gardo.models.loading import load_model
 from gardo.models.sd3 import SD3Model
@@ -21,7 +21,7 @@ from gardo.rng import generator
 from gardo.sampling.graph import GraphedTrajectories, copy_inputs, use_graphs
 from gardo.sampling.rollout import Sampler
 from gardo.sampling.steps import step_table
-from gardo.sampling.trajectory import Guidance, Trajectory, like, sample_trajectory
+from gardo.sampling.trajectory import Trajectory, like, sample_trajectory
 from gardo.types import UserError
 from tests.models.test_models import perturb
 from tests.support.capture_recorder import CaptureRecorder, NotCapturable
@@ -97,7 +97,7 @@ def test_the_captured_region_needs_no_host(family, backend, tmp_path):
         table = step_table(schedule, CPU, kind="flow", noise_level=0.7, window=window)
         trajectory = trajectory_of(sampler, table)
         with torch.no_grad(), CaptureRecorder():
-            sample_trajectory(model, trajectory, Guidance(2.5, sampler.cfg_scale))
+            sample_trajectory(model, trajectory, 2.5)
         assert trajectory.latents.isfinite().all()
         assert trajectory.log_prob[list(table.stochastic)].isfinite().all()
 
@@ -123,7 +123,7 @@ def sampled(make_sampler, model, adapters):
 
 def test_replays_equal_eager_sampling_without_another_capture(make_sampler, sampled, adapters):
     eager, graphed = make_sampler(2.5), make_sampler(2.5)
-    graphed.graphs = graphs = ReplayedFunctions()
+    graphed.graphs = graphs = ReplayedFunctions(adapters)
 
     def compare(seed, **options):
         expected = sampled(eager, seed, **options)
@@ -145,8 +145,8 @@ def test_replays_equal_eager_sampling_without_another_capture(make_sampler, samp
     assert graphs.captures == 1
     compare(1, prompts=PROMPTS * 2)  # another shape
     assert graphs.captures == 2
-    graphed.weights = "reference"
-    compare(1)
+    with adapters.use(REFERENCE):
+        assert not torch.equal(compare(2), second)
     assert graphs.captures == 3
 
 

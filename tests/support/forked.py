@@ -293,7 +293,7 @@ def collapse(epoch: int) -> None:
         if now[0] < epoch:
             return out
         share = (timesteps / 1000).reshape(-1, *[1] * (latents.dim() - 1))
-        return Velocity((latents - 0.1) / share + 0 * out.cond, None)
+        return Velocity((latents - 0.1) / share + 0 * out.cond)
 
     gardo.trainer.Trainer.run_epoch, SD3Model.velocity = noted, collapsed
 
