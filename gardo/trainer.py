@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from gardo.algorithms.parity import ParityCheck
 from gardo.algorithms.registry import ALGORITHMS
 from gardo.algorithms.shaping import Shaper
 from gardo.algorithms.update import UpdateStats
-from gardo.checkpointing.checkpoint import TrainingState
+from gardo.checkpointing.parts import Counter, NamedOptimizer, Part, Stateful
 from gardo.checkpointing.policy import CheckpointPolicy
-from gardo.checkpointing.resume import ResumePoint, reopen
-from gardo.checkpointing.state_tensors import pack_optimizer, to_host, unpack_optimizer
+from gardo.checkpointing.resume import ResumePoint, take_over
 from gardo.config import Config
 from gardo.data.prompts import PromptSampler, load_prompts
 from gardo.distributed.process import Runtime
@@ -31,17 +29,15 @@ from gardo.models.loading import load_model
 from gardo.rewards.overlap import ScoringWorker
 from gardo.rewards.scoring import RewardSet, ScoreBook
 from gardo.rng import derive_seed, seed_everything
-from gardo.run.card import write_model_card
-from gardo.run.folder import RunFolder, peak_memory_bytes
+from gardo.run.folder import RunFolder
 from gardo.run.health import Health
-from gardo.run.images import image_grid, save_grid
-from gardo.run.metrics import EVALUATION, read_metrics
+from gardo.run.metrics import EVALUATION
 from gardo.run.progress import EpochProgress
 from gardo.run.trackers import Trackers
 from gardo.sampling.graph import GraphedTrajectories, use_graphs
 from gardo.sampling.plan import plan_epoch
 from gardo.sampling.rollout import Rollout, Sampler
-from gardo.types import Prompt, UserError
+from gardo.types import Prompt
 
 
 class Trainer:
@@ -92,7 +88,6 @@ class Trainer:
             offload=config.sampling.offload_trajectories,
         )
         self.parity = ParityCheck(config, self.sampler, runtime)
-        self.start_epoch, self.resumed, self.evaluated = 0, False, False
         self.schedule = self.model.schedule(config.sampling.num_steps, self.resolution)
         self.shaper = Shaper(config.algorithm, self.rewards)
         self.algorithm = algorithm(
@@ -111,6 +106,25 @@ class Trainer:
             self.graphs,
             runtime,
         )
+        self.state = self._state()
+
+    def _state(self) -> dict[str, Stateful]:
+        """Everything that the epochs to come depend on, by its name in a checkpoint."""
+        adapters = self.adapters
+        state: dict[str, Stateful] = {}
+        for name in adapters.names:
+            load = partial(adapters.load_state_dict, name)
+            state[name] = Part(partial(adapters.parameters, name), load)
+        if self.ema is not None:
+            state["ema"] = self.ema
+        return state | {
+            "optimizer": NamedOptimizer(self.optimizer, list(adapters.parameters())),
+            "health": self.health,
+            "shaper": self.shaper,
+            "adaptive_reference": self.adaptive_reference,
+            "scaler": self.runtime,
+            "model_rows": Counter(self.model, "rows"),
+        }
 
     def train(self, folder: RunFolder) -> None:
         """Run all epochs; metrics, pictures and the export go to the run folder as they come.
@@ -118,7 +132,7 @@ class Trainer:
         Raises:
             Stopped: a signal came; the last complete epoch is saved.
         """
-        config, start = self.config, self.start_epoch
+        config, start = self.config, folder.done
         with (
             EpochProgress(
                 config.epochs, config.rewards.proxy_name, start, enabled=self.runtime.is_main
@@ -133,8 +147,7 @@ class Trainer:
                 self.runtime,
                 folder,
                 (metrics, self.evaluations),
-                self.state_values,
-                self.state_tensors,
+                self.state,
                 self.progress.write,
             )
             with self.checkpoints.rescue():
@@ -150,14 +163,13 @@ class Trainer:
 
     def finish_epoch(self, folder: RunFolder, done: int, row: dict[str, Any]) -> None:
         """What happens between two epochs: evaluation and checkpoint, where they are due."""
-        resumed = self.resumed and done == self.start_epoch
-        self.checkpoints.mark(done, row, saved=resumed)
+        self.checkpoints.mark(done, row)
         self.runtime.stop_together()
         self.health.stop_if_alarmed()
-        due = evaluation_due(self.config, done)
-        if due is not None and not (resumed and self.evaluated):
+        due = self.evaluator.due(done)
+        if due is not None and not (done == folder.done and folder.evaluated):
             self.evaluate(folder, done, due)
-        if done > self.start_epoch:
+        if done > folder.done:
             with self.progress.stage("save"):
                 self.checkpoints.save_if_due()
 
@@ -241,105 +253,33 @@ class Trainer:
         """Take over the state of a checkpoint and cut its run's files back to it.
 
         Raises:
-            UserError: the checkpoint does not fit the model or the recipe; nothing was changed.
+            UserError: the checkpoint does not fit the model or the recipe; no file was changed.
         """
-        state = point.checkpoint.load()
-        due = evaluation_due(self.config, state.epoch)
-        try:
-            self.load_state(state)
-            self.evaluated = state.value("evaluated") == due
-            clock = state.value("clock")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"checkpoint '{point.checkpoint.path}': {error}") from error
-        self.runtime.wait()  # until all processes have read what one of them may now cut back
-        folder = reopen(self.config, state.epoch, self.evaluated, self.runtime.is_main)
-        folder.set_clock(clock, state.epoch)
-        self.runtime.wait()
-        return folder
-
-    def state_values(self) -> dict[str, Any]:
-        """The part of the state that is no tensor, as JSON values."""
-        scaler = self.runtime.accelerator.scaler
-        return {
-            "health": self.health.state_dict(),
-            "shaper": self.shaper.state_dict(),
-            "adaptive_reference": self.adaptive_reference.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "model_rows": self.model.rows,
-        }
-
-    def state_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The tensors of the state, copied to the main process's host; all processes call this."""
-        groups: dict[str, Mapping[str, torch.Tensor]] = {
-            name: self.adapters.parameters(name) for name in self.adapters.names
-        }
-        if self.ema is not None:
-            groups["ema"] = self.ema.state_dict()
-        keep, names = self.runtime.is_main, list(self.adapters.parameters())
-        return {
-            **{name: to_host(tensors, keep) for name, tensors in groups.items()},
-            "optimizer": pack_optimizer(self.optimizer, names, keep),
-        }
-
-    def load_state(self, state: TrainingState) -> None:
-        """Load what `state_values` and `state_tensors` returned; ValueError if it does not fit."""
-        average = [] if self.ema is None else ["ema"]
-        state.check_groups([*self.adapters.names, *average, "optimizer"])
-        for name in self.adapters.names:
-            self.adapters.load_state_dict(name, state.tensors[name])
-        if self.ema is not None:
-            self.ema.load_state_dict(state.tensors["ema"])
-        names = list(self.adapters.parameters())
-        unpack_optimizer(self.optimizer, names, state.tensors["optimizer"])
-        self.health.load_state_dict(state.value("health"))
-        self.shaper.load_state_dict(state.value("shaper"))
-        self.adaptive_reference.load_state_dict(state.value("adaptive_reference"))
-        if self.runtime.accelerator.scaler is not None and state.value("scaler") is not None:
-            self.runtime.accelerator.scaler.load_state_dict(state.value("scaler"))
-        self.model.rows = int(state.value("model_rows"))
-        self.start_epoch, self.resumed = state.epoch, True
+        return take_over(point, self.config, self.state, self.evaluator.due, self.runtime)
 
     def evaluate(self, folder: RunFolder, epoch: int, name: str) -> None:
         """Held-out evaluation after ``epoch`` epochs, with a grid of the same seeds."""
-        started = time.perf_counter()
         seed_everything(self.config.seed, "evaluation", epoch, self.runtime.rank)
         with self.progress.stage("evaluate"):
             result = self.evaluator()
             row = {"epoch": epoch, "name": name, "weights": "live", **result.metrics}
-            self.evaluations.write({**row, "time/evaluate": time.perf_counter() - started})
+            seconds = self.progress.timer.metrics()["time/evaluate"]
+            self.evaluations.write({**row, "time/evaluate": seconds})
             self.trackers.log(row, EVALUATION)
-            if len(result.images) and folder.is_main:
-                columns = max(1, round(len(result.images) ** 0.5 * 1.3))
-                grid = image_grid(result.images, result.captions, columns)
-                save_grid(folder.images, grid, epoch, f"{name}, after {epoch} epochs")
+            if folder.is_main:
+                result.save_grid(folder.images, epoch, f"{name}, after {epoch} epochs")
         self.checkpoints.evaluated(name, row)
         self.progress.timer.reset()
 
     def export(self, folder: RunFolder) -> None:
         """Write the policy (its average, if there is one) for plain diffusers, and the summary."""
-        averaged = nullcontext() if self.ema is None else self.ema.swapped_in()
-        with averaged:
+        with nullcontext() if self.ema is None else self.ema.swapped_in():
             self.adapters.export(self.model, str(folder.export), folder.is_main)
-        if not folder.is_main:
-            return
-        rows = read_metrics(folder.path / "evaluation.jsonl", ignore_unfinished=True)
-        write_model_card(folder.export, self.config, self.model.family, rows)
-        trainable = sum(p.numel() for p in self.adapters.parameters().values())
-        folder.write_summary(
-            recipe=self.config.recipe,
+        folder.finish(
+            self.config,
+            self.model.family,
             hardware=self.runtime.hardware(),
             world_size=self.runtime.world_size,
             sharded=self.runtime.sharded,
-            trainable_parameters=trainable,
-            peak_memory_bytes=peak_memory_bytes(),
+            trainable_parameters=sum(p.numel() for p in self.adapters.parameters().values()),
         )
-
-
-def evaluation_due(config: Config, done: int) -> str | None:
-    """Name of the evaluation that follows ``done`` epochs; None if there is none."""
-    if done == 0:
-        return "start" if config.evaluation.at_start else None
-    if done == config.epochs:
-        return "end"
-    every = config.evaluation.every
-    return "during" if every and done % every == 0 else None

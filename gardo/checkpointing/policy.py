@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from gardo.checkpointing.checkpoint import CheckpointFolder, TrainingState
+from gardo.checkpointing.parts import Stateful, separate
+from gardo.checkpointing.state_tensors import to_host
 from gardo.config import Config, to_yaml
 from gardo.distributed.failure_notice import FailureNotice
 from gardo.distributed.process import Runtime
@@ -22,8 +24,6 @@ from gardo.run.faults import explain
 from gardo.run.folder import RunFolder
 from gardo.run.metrics import EVALUATION, MetricsWriter
 from gardo.types import UserError
-
-Tensors = dict[str, dict[str, Tensor]]
 
 
 class CheckpointPolicy:
@@ -46,21 +46,18 @@ class CheckpointPolicy:
         runtime: Runtime,
         folder: RunFolder,
         files: Sequence[MetricsWriter],
-        values: Callable[[], dict[str, Any]],
-        tensors: Callable[[], Tensors],
+        parts: Mapping[str, Stateful],
         say: Callable[[str], None],
     ) -> None:
         """Save to ``folder``.
 
         Args:
             files: what must be on the disk before a checkpoint is.
-            values: the JSON part of the trainer's state.
-            tensors: the tensors of the trainer's state, copied to the main process's host; all
-                processes call it.
+            parts: of the trainer's state.
             say: tells the user something.
         """
         self.config, self.runtime, self.folder = config, runtime, folder
-        self._files, self._values, self._tensors, self._say = files, values, tensors, say
+        self._files, self._parts, self._say = files, parts, say
         settings = config.checkpoint
         self.store = CheckpointFolder(
             folder.checkpoints, settings.keep_last, settings.keep_best, settings.best
@@ -69,31 +66,30 @@ class CheckpointPolicy:
         self._has_tensors = False
         self._moved = False  # the live weights are no longer those of the state
         self._scores: dict[str, Any] = {}
-        self._saved: int | None = None
+        self._saved = folder.done if folder.resumed else None
         self._lock = threading.Lock()  # the state is also saved when another process fails
         self._failing = False
         self._notice = FailureNotice(
             runtime.rank, runtime.world_size, runtime.stop, self._end_after, self._save_early
         )
 
-    def mark(self, epoch: int, row: Mapping[str, Any], saved: bool = False) -> None:
+    def mark(self, epoch: int, row: Mapping[str, Any]) -> None:
         """An epoch is complete: this is the state that is saved from now on.
 
         Args:
             epoch: number of epochs done.
             row: its metrics.
-            saved: whether there is a checkpoint of it.
 
         Raises:
             UserError: ``checkpoint.keep_best`` is not among the metrics.
         """
-        tensors = self._tensors() if self.config.checkpoint.snapshot else {}
-        state = TrainingState(epoch, tensors, {**self._values(), "evaluated": None})
+        tensors, values = separate(self._parts)
+        state = TrainingState(epoch, {}, {**values, "evaluated": None})
+        if self.config.checkpoint.snapshot:
+            state.tensors = self._on_host(tensors)
         with self._lock:
             self._state, self._scores = state, dict(row)
             self._has_tensors, self._moved = self.config.checkpoint.snapshot, False
-            if saved:
-                self._saved = epoch
         best = self.config.checkpoint.keep_best
         if row and best is not None and not best.startswith(EVALUATION):
             _check_metric(best, row)
@@ -135,11 +131,15 @@ class CheckpointPolicy:
             return self._write()
         if self._moved:
             return None
-        state.tensors = self._tensors()
+        state.tensors = self._on_host(separate(self._parts)[0])
         try:
             return self._write()
         finally:
             state.tensors = {}
+
+    def _on_host(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Copies on the main process's host; all processes call this."""
+        return {name: to_host(group, self.runtime.is_main) for name, group in tensors.items()}
 
     def _write(self) -> Path | None:
         with self._lock:

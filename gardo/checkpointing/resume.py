@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gardo.checkpointing.checkpoint import Checkpoint, CheckpointFolder
 from gardo.config import Config, iter_keys, load_config, on_resume
 from gardo.run.folder import RunFolder, check_writable
 from gardo.types import UserError
+
+if TYPE_CHECKING:
+    from gardo.checkpointing.parts import Stateful
+    from gardo.distributed.process import Runtime
 
 
 @dataclass(frozen=True)
@@ -132,18 +136,42 @@ def check_same_run(asked: Config, own: Config, folder: Path) -> list[str]:
     return rounding
 
 
-def reopen(config: Config, epoch: int, evaluated: bool, is_main: bool = True) -> RunFolder:
-    """The run folder of ``config``, cut back to what it was after ``epoch`` epochs.
+def take_over(
+    point: ResumePoint,
+    config: Config,
+    parts: Mapping[str, Stateful],
+    due: Callable[[int], str | None],
+    runtime: Runtime,
+) -> RunFolder:
+    """Load the state of a checkpoint and cut its run's files back to it; all processes call this.
+
+    Args:
+        config: of the run from now on.
+        parts: of the trainer's state.
+        due: name of the evaluation that follows a number of epochs.
 
     Raises:
-        UserError: files are missing or damaged; nothing was changed.
+        UserError: the checkpoint does not fit the model or the recipe, or files of the run are
+            missing or damaged; no file was changed.
     """
-    folder = RunFolder(Path(config.output_dir), is_main)
-    if is_main:
-        folder.check_continuable(epoch)
+    from gardo.checkpointing.parts import restore  # late: a checkpoint is found without torch
+
+    state = point.checkpoint.load()
+    try:
+        restore(parts, state)
+        evaluated = state.value("evaluated") == due(state.epoch)
+        clock = state.value("clock")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint '{point.checkpoint.path}': {error}") from error
+    runtime.wait()  # until all processes have read what one of them may now cut back
+    folder = RunFolder(point.folder, runtime.is_main)
+    if runtime.is_main:
+        folder.check_continuable(state.epoch)
         # first of all, so that no checkpoint is ever newer than the files beside it
-        CheckpointFolder(folder.checkpoints).discard_after(epoch)
-    folder.cut_back(config, epoch, evaluated)
+        CheckpointFolder(folder.checkpoints).discard_after(state.epoch)
+    folder.cut_back(config, state.epoch, evaluated)
+    folder.set_clock(clock, state.epoch)
+    runtime.wait()
     return folder
 
 

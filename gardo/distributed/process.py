@@ -163,6 +163,16 @@ class Runtime:
             self.accelerator.wait_for_everyone()
             self.accelerator.state.destroy_process_group()
 
+    def state_dict(self) -> dict[str, Any] | None:
+        """Of the loss scaler; None without one."""
+        scaler = self.accelerator.scaler
+        return None if scaler is None else scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Restore `state_dict`, where both have a loss scaler."""
+        if self.accelerator.scaler is not None and state is not None:
+            self.accelerator.scaler.load_state_dict(state)
+
     def hardware(self) -> str:
         """In words, for reports."""
         if self.device.type == "cuda":

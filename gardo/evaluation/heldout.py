@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from gardo.models.embeddings import EmbeddingTable
 from gardo.rewards.overlap import ScoringWorker
 from gardo.rewards.scoring import RewardSet, reward_metrics
 from gardo.rng import generator
-from gardo.run.images import caption
+from gardo.run.images import caption, image_grid, save_grid
 from gardo.sampling.graph import GraphedTrajectories
 from gardo.sampling.plan import shared_batches
 from gardo.sampling.rollout import Sampler
@@ -40,6 +41,12 @@ class Evaluation:
     images: Tensor
     captions: list[str]
 
+    def save_grid(self, folder: Path, epoch: int, title: str) -> None:
+        """Draw the images, if there are any, for the epoch in a run's image folder."""
+        if count := len(self.images):
+            columns = max(1, round(count**0.5 * 1.3))
+            save_grid(folder, image_grid(self.images, self.captions, columns), epoch, title)
+
 
 class HeldOutEvaluator:
     """Draws the same prompts from the same noise every time, so that only the policy differs.
@@ -60,6 +67,7 @@ class HeldOutEvaluator:
     ) -> None:
         """``runtime`` are the processes that evaluate together; None: this one alone."""
         self.config = config.evaluation
+        self.epochs = config.epochs
         self.runtime = runtime
         self.rewards = rewards
         self.device = model.device
@@ -79,6 +87,15 @@ class HeldOutEvaluator:
         schedule = model.schedule(self.config.num_steps, resolution)
         self.table = step_table(schedule, self.device, kind="ode", noise_level=0.0)
         self._real_features: Tensor | None = None
+
+    def due(self, done: int) -> str | None:
+        """Name of the evaluation that follows ``done`` epochs; None if there is none."""
+        if done == 0:
+            return "start" if self.config.at_start else None
+        if done == self.epochs:
+            return "end"
+        every = self.config.every
+        return "during" if every and done % every == 0 else None
 
     @torch.no_grad()  # no inference mode: see `velocity_pass`
     def __call__(self) -> Evaluation:

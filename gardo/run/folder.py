@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gardo.config import Config, to_yaml
+from gardo.run.card import write_model_card
 from gardo.run.images import drop_grids, read_index
 from gardo.run.metrics import MetricsWriter, NoWriter, read_metrics, write_atomic
 from gardo.types import UserError
@@ -26,6 +27,11 @@ class RunFolder:
     """Paths of a run, its metrics files and its summary.
 
     Of several processes only the main one writes; the others have the same paths.
+
+    Attributes:
+        done: epochs that the run had done before this process.
+        evaluated: whether the evaluation that follows them was, too.
+        resumed: after how many epochs each time.
     """
 
     def __init__(self, path: Path, is_main: bool = True) -> None:
@@ -38,8 +44,7 @@ class RunFolder:
         self.started = self._session = time.time()
         self.seconds_before = 0.0
         self.resumed: list[int] = []
-        self._kept_metrics: int | None = None
-        self._kept_evaluations: int | None = None
+        self.done, self.evaluated = 0, False
 
     @property
     def seconds(self) -> float:
@@ -105,13 +110,13 @@ class RunFolder:
             epoch: number of epochs done.
             evaluated: whether the evaluation after these epochs is kept.
         """
-        self._kept_metrics, self._kept_evaluations = epoch, epoch + bool(evaluated)
+        self.done, self.evaluated = epoch, evaluated
         if not self.is_main:
             return
         for place in (self.path, self.images):
             for leftover in place.glob(".*.tmp"):
                 leftover.unlink()
-        drop_grids(self.images, self._kept_evaluations)
+        drop_grids(self.images, epoch + evaluated)
         for sub in (self.images, self.checkpoints, self.export):
             sub.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "config.yaml", to_yaml(config).encode())
@@ -134,13 +139,15 @@ class RunFolder:
             )
 
     def metrics(self) -> MetricsWriter:
-        return self._writer("metrics.jsonl", self._kept_metrics)
+        return self._writer("metrics.jsonl", self.done)
 
     def evaluations(self) -> MetricsWriter:
-        return self._writer("evaluation.jsonl", self._kept_evaluations)
+        return self._writer("evaluation.jsonl", self.done + self.evaluated)
 
-    def _writer(self, name: str, kept: int | None) -> MetricsWriter:
-        return MetricsWriter(self.path / name, kept) if self.is_main else NoWriter()
+    def _writer(self, name: str, kept: int) -> MetricsWriter:
+        if not self.is_main:
+            return NoWriter()
+        return MetricsWriter(self.path / name, kept if self.resumed else None)
 
     def clock(self) -> dict[str, Any]:
         """When the run began, how long it has taken, and after which epochs it was resumed."""
@@ -151,10 +158,18 @@ class RunFolder:
         self.started, self.seconds_before = float(clock["started"]), float(clock["seconds"])
         self.resumed = [*clock["resumed"], epoch]
 
-    def write_summary(self, **figures: Any) -> None:
-        """Write ``summary.json``: when, how long, with what; plus the given figures."""
+    def finish(self, config: Config, family: str, **figures: Any) -> None:
+        """Write the export's model card and ``summary.json``: when, how long, with what.
+
+        Args:
+            config: of the run.
+            family: of the model.
+            figures: further ones for the summary.
+        """
         if not self.is_main:
             return
+        rows = read_metrics(self.path / "evaluation.jsonl", ignore_unfinished=True)
+        write_model_card(self.export, config, family, rows)
         summary = {
             "started": _iso(self.started),
             "finished": _iso(time.time()),
@@ -163,6 +178,8 @@ class RunFolder:
             "command": shlex.join(sys.orig_argv),
             "python": platform.python_version(),
             "versions": package_versions(),
+            "recipe": config.recipe,
+            "peak_memory_bytes": peak_memory_bytes(),
             **figures,
         }
         write_atomic(self.path / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
