@@ -36,7 +36,8 @@ class RewardOutput:
     Attributes:
         scores: ``[B]`` float32. NaN marks a sample that could not be scored; it is masked
             through shaping, never counted as 0.
-        details: optional further measurements, each ``[B]``, shown in reports.
+        details: optional further measurements, each ``[B]``; metrics and reports show their means
+            as ``reward/<name>/<detail>/mean``.
     """
 
     scores: Tensor
@@ -59,7 +60,3 @@ class PromptEmbeds:
         """Return the given rows (an index tensor, a list of ints or a slice)."""
         index = list(rows) if isinstance(rows, Sequence) else rows
         return PromptEmbeds({name: tensor[index] for name, tensor in self.tensors.items()})
-
-    def to(self, *args: Any, **kwargs: Any) -> PromptEmbeds:
-        """Move or cast every tensor as ``Tensor.to`` does."""
-        return PromptEmbeds({name: t.to(*args, **kwargs) for name, t in self.tensors.items()})

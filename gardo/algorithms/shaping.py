@@ -64,6 +64,11 @@ class Shaper:
             scores[name] = runtime.gather(book.scores(name), plan.sample_ids, total).double()
             self.rewards.check_missing(name, scores[name])
             metrics |= reward_metrics(name, scores[name], book.seconds_per_image(name))
+        details = book.details()
+        for name in runtime.union(details):
+            mine = details.get(name, torch.full(plan.sample_ids.shape, torch.nan))
+            rows = runtime.gather(mine.to(runtime.device), plan.sample_ids, total)
+            metrics[f"reward/{name}/mean"] = float(rows.double().nanmean())
         proxy = self.rewards.proxy_scores(scores)
         if self.rewards.proxy not in scores:
             metrics |= reward_metrics(self.rewards.proxy, proxy)

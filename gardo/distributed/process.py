@@ -6,7 +6,7 @@ import os
 import platform
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -148,6 +148,15 @@ class Runtime:
     def max(self, value: Tensor) -> Tensor:
         """Maximum over processes."""
         return self.accelerator.gather(value.reshape(1)).max() if self.world_size > 1 else value
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """The names that any process has, sorted."""
+        mine = "\n".join(sorted(names))
+        if self.world_size > 1:
+            text = torch.tensor([list(mine.encode()) or [0]], dtype=torch.uint8, device=self.device)
+            rows = self.accelerator.gather(self.accelerator.pad_across_processes(text, dim=1))
+            mine = "\n".join(bytes(row).rstrip(b"\0").decode() for row in rows.tolist())
+        return sorted(set(mine.split("\n")) - {""})
 
     def from_main(self, value: Tensor) -> Tensor:
         """The main process's value, on all processes."""

@@ -120,6 +120,11 @@ class HeldOutEvaluator:
             columns[name] = self._gather(book.scores(name) if mine else None, 1, ids, total)
             self.rewards.check_missing(name, columns[name])
             metrics |= reward_metrics(name, columns[name], book.seconds_per_image(name))
+        details = book.details()
+        for name in self.runtime.union(details) if self.runtime else sorted(details):
+            found = details.get(name, torch.full((len(ids),), torch.nan))
+            column = self._gather(found if mine else None, 1, ids, total)
+            metrics[f"reward/{name}/mean"] = float(column.double().nanmean())
         if self.rewards.features is not None:
             metrics |= self._feature_metrics(self._gather(book.features(), 2, ids, total))
         ids = [i for i in ids if i < shown]

@@ -50,12 +50,10 @@ class JudgeReward(Reward):
             chosen = logits.softmax(dim=1).gather(1, index[:, None])[:, 0]
             return chosen.where(finite, torch.nan).to(where)
 
-        details = {
-            "count": probability(output.count, [scene.count for scene in scenes]),
-            "color": probability(output.color, [colors.index(scene.color) for scene in scenes]),
-            "shape": probability(output.shape, [SHAPES.index(scene.shape) for scene in scenes]),
-        }
-        return RewardOutput(details["count"] * details["color"] * details["shape"], details)
+        count = probability(output.count, [scene.count for scene in scenes])
+        color = probability(output.color, [colors.index(scene.color) for scene in scenes])
+        shape = probability(output.shape, [SHAPES.index(scene.shape) for scene in scenes])
+        return RewardOutput(count * color * shape)
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> str | None:
         try:

@@ -13,13 +13,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from gardo.rewards.scoring import RewardSet, ScoreBook
 from gardo.rewards.thumbnails import thumbnails
-from gardo.types import Prompt, UserError
+from gardo.types import Prompt, RewardOutput, UserError
+
+T = TypeVar("T")
 
 MAX_PENDING = 4
 """Batches whose images are kept for scoring; beyond them `ScoringWorker.submit` waits."""
@@ -37,15 +40,15 @@ class _Lane:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def submit(
-        self, task: Callable[[], Tensor], images: Tensor, drawn: torch.cuda.Event | None
-    ) -> Future[tuple[Tensor, float]]:
+        self, task: Callable[[], T], images: Tensor, drawn: torch.cuda.Event | None
+    ) -> Future[tuple[T, float]]:
         """Do ``task`` once ``images`` are there; the result and the seconds that it took."""
         return self._pool.submit(self._timed, task, images, drawn)
 
     @torch.inference_mode()
     def _timed(
-        self, task: Callable[[], Tensor], images: Tensor, drawn: torch.cuda.Event | None
-    ) -> tuple[Tensor, float]:
+        self, task: Callable[[], T], images: Tensor, drawn: torch.cuda.Event | None
+    ) -> tuple[T, float]:
         with self._beside(images, drawn):
             started = time.perf_counter()
             result = task()
@@ -73,11 +76,12 @@ class _Lane:
 @dataclass
 class _Batch:
     thumbnails: Tensor
-    scores: dict[str, Future[tuple[Tensor, float]]] = field(default_factory=dict)
+    scores: dict[str, Future[tuple[RewardOutput, float]]] = field(default_factory=dict)
     features: Future[tuple[Tensor, float]] | None = None
 
     def done(self) -> bool:
-        futures = [*self.scores.values(), *([self.features] if self.features else [])]
+        features = [self.features] if self.features else []
+        futures: list[Future[Any]] = [*self.scores.values(), *features]
         return all(future.done() for future in futures)
 
 
@@ -138,7 +142,9 @@ class ScoringWorker:
             batch.features = self._local.submit(lambda: extract(images), images, drawn)
         self._pending.append(batch)
 
-    def _task(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Callable[[], Tensor]:
+    def _task(
+        self, name: str, images: Tensor, prompts: Sequence[Prompt]
+    ) -> Callable[[], RewardOutput]:
         return lambda: self._rewards.score_one(name, images, prompts)
 
     def collect(self) -> ScoreBook:
@@ -155,16 +161,24 @@ class ScoringWorker:
 
     def _book_oldest(self) -> None:
         batch = self._pending[0]
-        scores, seconds = {}, {}
+        scores, details, seconds = {}, {}, {}
         for name, future in batch.scores.items():
-            scores[name], seconds[name] = self._result(f"reward '{name}'", future)
+            output, seconds[name] = self._result(f"reward '{name}'", future)
+            scores[name], details[name] = output.scores, output.details
+            self._use_here(output.scores, *output.details.values())
         features = None
         if batch.features is not None:
             features, _ = self._result("feature extractor", batch.features)
-        self._book.add(scores, features, seconds, batch.thumbnails)
+            self._use_here(features)
+        self._book.add(scores, features, seconds, batch.thumbnails, details)
         self._pending.popleft()
 
-    def _result(self, what: str, future: Future[tuple[Tensor, float]]) -> tuple[Tensor, float]:
+    def _use_here(self, *made: Tensor) -> None:
+        for tensor in made:
+            if tensor.is_cuda:  # made on a side stream, used on the caller's from now on
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+    def _result(self, what: str, future: Future[tuple[T, float]]) -> tuple[T, float]:
         error = future.exception()
         if isinstance(error, UserError):
             if what in str(error):
@@ -172,10 +186,7 @@ class ScoringWorker:
             raise UserError(f"{what}: {error}") from error
         if error is not None:
             raise RewardFailed(f"{what} failed: {type(error).__name__}: {error}") from error
-        result, seconds = future.result()
-        if result.is_cuda:  # made on a side stream, used on the caller's from now on
-            result.record_stream(torch.cuda.current_stream(result.device))
-        return result, seconds
+        return future.result()
 
     def __enter__(self) -> ScoringWorker:
         return self

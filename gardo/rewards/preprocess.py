@@ -21,8 +21,6 @@ from gardo.rewards.objects import check_images
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as processor files hold them
 _PRECISION_BITS = 22  # Pillow's fixed point: 32 bits less 8 of the pixel and 2 of headroom

@@ -11,9 +11,9 @@ from torch import Tensor
 from gardo.config import RewardsConfig
 from gardo.rewards.base import Reward, RewardUnavailable
 from gardo.rewards.features import FeatureExtractor
-from gardo.rewards.outputs import score_batch
+from gardo.rewards.outputs import concatenate, score_batch
 from gardo.rewards.registry import build_features, build_reward, feature_names, reward_names
-from gardo.types import Prompt, UserError
+from gardo.types import Prompt, RewardOutput, UserError
 
 
 class MissingScores(RewardUnavailable):
@@ -82,13 +82,14 @@ class RewardSet:
             a ``[B]`` float32 tensor per name on the device of ``images``, NaN where a reward could
             not score.
         """
-        return {name: self.score_one(name, images, prompts) for name in names}
+        return {name: self.score_one(name, images, prompts).scores for name in names}
 
-    def score_one(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """As `score` with a single reward: ``[B]`` float32."""
+    def score_one(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:
+        """As `score` with a single reward; scores and details ``[B]`` float32."""
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
         output = score_batch(name, self._rewards[name], images, texts, metadata)
-        return output.scores.to(images.device)
+        details = {key: values.to(images.device) for key, values in output.details.items()}
+        return RewardOutput(output.scores.to(images.device), details)
 
     def maximised(self, name: str, scores: Tensor) -> Tensor:
         """The scores, negated where lower is better."""
@@ -156,7 +157,7 @@ class ScoreBook:
     """Collects an epoch's scores and features batch by batch, in the order of the samples."""
 
     def __init__(self) -> None:
-        self._scores: dict[str, list[Tensor]] = {}
+        self._outputs: dict[str, list[RewardOutput]] = {}
         self._features: list[Tensor] = []
         self._thumbnails: list[Tensor] = []
         self._seconds: dict[str, float] = {}
@@ -167,6 +168,7 @@ class ScoreBook:
         features: Tensor | None,
         seconds: Mapping[str, float] | None = None,
         thumbnails: Tensor | None = None,
+        details: Mapping[str, dict[str, Tensor]] | None = None,
     ) -> None:
         """Append a batch.
 
@@ -175,9 +177,11 @@ class ScoreBook:
             features: ``[B, D]``.
             seconds: that the batch took, per reward.
             thumbnails: ``[B, D']`` of `gardo.rewards.thumbnails`.
+            details: ``[B]`` per reward and detail.
         """
         for name, values in scores.items():
-            self._scores.setdefault(name, []).append(values)
+            output = RewardOutput(values, (details or {}).get(name, {}))
+            self._outputs.setdefault(name, []).append(output)
         for name, value in (seconds or {}).items():
             self._seconds[name] = self._seconds.get(name, 0.0) + value
         if features is not None:
@@ -187,7 +191,12 @@ class ScoreBook:
 
     def scores(self, name: str) -> Tensor:
         """``[n]`` float32."""
-        return torch.cat(self._scores[name])
+        return torch.cat([output.scores for output in self._outputs[name]])
+
+    def details(self) -> dict[str, Tensor]:
+        """``[n]`` float32 per ``<reward>/<detail>``, NaN where a batch lacks it."""
+        joined = {name: concatenate(outputs) for name, outputs in self._outputs.items()}
+        return {f"{name}/{k}": v for name, o in joined.items() for k, v in o.details.items()}
 
     def features(self) -> Tensor | None:
         """``[n, D]`` float32, or None without a feature extractor."""
@@ -199,7 +208,7 @@ class ScoreBook:
 
     def seconds_per_image(self, name: str) -> float | None:
         """What the reward took in this process, or None where it was not timed."""
-        count = sum(len(values) for values in self._scores.get(name, ()))
+        count = sum(len(output.scores) for output in self._outputs.get(name, ()))
         return self._seconds[name] / count if name in self._seconds and count else None
 
 

@@ -48,11 +48,8 @@ class SceneReward(Reward):
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> RewardOutput:
         images, finite = prepare_images(images, prompts)
-        scores, details = self.measure(images, read_targets(prompts, metadata, images.device))
-        return RewardOutput(
-            scores.where(finite, torch.nan),
-            {name: value.where(finite, torch.nan) for name, value in details.items()},
-        )
+        scores = self.measure(images, read_targets(prompts, metadata, images.device))
+        return RewardOutput(scores.where(finite, torch.nan))
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> str | None:
         try:
@@ -62,8 +59,8 @@ class SceneReward(Reward):
         return None
 
     @abstractmethod
-    def measure(self, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-        """Scores and details, each ``[B]`` float32, of finite float32 images."""
+    def measure(self, images: Tensor, targets: Targets) -> Tensor:
+        """Scores ``[B]`` float32 of finite float32 images."""
 
 
 class CountReward(SceneReward):
@@ -83,13 +80,12 @@ class CountReward(SceneReward):
             raise ValueError(f"color_weight: expected a number >= 0, got {color_weight}")
         self.color_weight = color_weight
 
-    def measure(self, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+    def measure(self, images: Tensor, targets: Targets) -> Tensor:
         mask = color_mask(images, targets.color)
         components = count_components(label_components(mask), MIN_AREA).float()
         agreement = 1 / (1 + (components - targets.count).abs())
         paint = color_projection(images, targets.color).mean(dim=(1, 2)).clamp(min=0)
-        details = {"components": components, "agreement": agreement, "paint": paint}
-        return agreement + self.color_weight * paint, details
+        return agreement + self.color_weight * paint
 
 
 class ShapeFitReward(SceneReward):
@@ -102,11 +98,11 @@ class ShapeFitReward(SceneReward):
 
     spec: ClassVar[RewardSpec] = RewardSpec(value_range=(0.0, 1.0))
 
-    def measure(self, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+    def measure(self, images: Tensor, targets: Targets) -> Tensor:
         objects = find_objects(images, targets.color)
         fit, _ = _right_and_wrong_fit(objects, targets)
         total = (fit * (objects.present & ~objects.oversized)).sum(dim=1)
-        return total / objects.present.sum(dim=1).clamp(min=1), {}
+        return total / objects.present.sum(dim=1).clamp(min=1)
 
 
 class CleanlinessReward(SceneReward):
@@ -121,15 +117,12 @@ class CleanlinessReward(SceneReward):
     SCALE: ClassVar[float] = 10.0  # a mean distance of 0.1 costs 63 percent
     spec: ClassVar[RewardSpec] = RewardSpec(value_range=(0.0, 1.0))
 
-    def measure(self, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+    def measure(self, images: Tensor, targets: Targets) -> Tensor:
         objects = find_objects(images, targets.color)
         background = _masked_mean(_distance_from_grey(images), background_pixels(objects))
         impurity = _masked_mean(_impurity(images, targets, objects), object_pixels(objects))
         scores = torch.exp(-self.SCALE * (background + impurity))
-        return scores * objects.plausible.any(dim=1), {
-            "background": background,
-            "impurity": impurity,
-        }
+        return scores * objects.plausible.any(dim=1)
 
 
 class StrictCountReward(SceneReward):
@@ -152,7 +145,7 @@ class StrictCountReward(SceneReward):
     STRAY_PIXELS: ClassVar[int] = 2
     spec: ClassVar[RewardSpec] = RewardSpec(value_range=(0.0, 1.0))
 
-    def measure(self, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+    def measure(self, images: Tensor, targets: Targets) -> Tensor:
         objects = find_objects(images, targets.color)
         plausible = objects.plausible
         number, others = plausible.sum(dim=1), (objects.present & ~plausible).sum(dim=1)
@@ -167,12 +160,7 @@ class StrictCountReward(SceneReward):
         )
         stray = (_distance_from_grey(images) > self.STRAY_DISTANCE) & background_pixels(objects)
         clean = stray.sum(dim=(1, 2)) <= self.STRAY_PIXELS
-        exact = right_count & right_shape & pure & clean
-        return exact.float(), {
-            "right_count": right_count.float(),
-            "right_shape": right_shape.float(),
-            "clean": clean.float(),
-        }
+        return (right_count & right_shape & pure & clean).float()
 
 
 class ArtifactReward(SceneReward):
@@ -185,12 +173,12 @@ class ArtifactReward(SceneReward):
 
     spec: ClassVar[RewardSpec] = RewardSpec(higher_is_better=False, value_range=(0.0, 1.0))
 
-    def measure(self, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+    def measure(self, images: Tensor, targets: Targets) -> Tensor:
         background = background_pixels(find_objects(images, targets.color))
         weight = background[:, None].float()
         mean = F.avg_pool2d(images * weight, 3, 1, 1) / F.avg_pool2d(weight, 3, 1, 1).clamp(min=0.1)
         energy = (images - mean).square().mean(dim=1)
-        return _masked_mean(energy, background).sqrt(), {}
+        return _masked_mean(energy, background).sqrt()
 
 
 def _right_and_wrong_fit(objects: Objects, targets: Targets) -> tuple[Tensor, Tensor]:

@@ -100,6 +100,17 @@ def test_run_folder_is_complete(finished):
     assert [r["name"] for r in rows(folder / "evaluation.jsonl")] == ["start", "during", "end"]
 
 
+def test_details_of_rewards_are_shown(tmp_path):
+    name = "tests.rewards.toys:batch_size"  # with a detail, twice its score
+    train_here(tmp_path / "run", **{"epochs": "1", "rewards.eval": name, "rewards.aux": name})
+    shown = f"{name}/twice"
+    for file in ("metrics.jsonl", "evaluation.jsonl"):
+        for row in rows(tmp_path / "run" / file):
+            assert row[f"reward/{shown}/mean"] == 2 * row[f"reward/{name}/mean"]
+    assert shown in (tmp_path / "run" / "report.html").read_text()
+    assert f"| {shown} |" in (tmp_path / "run" / "export" / "README.md").read_text()
+
+
 def test_metrics_hold_the_contract(finished):
     metrics = rows(finished[0] / "metrics.jsonl")
     assert [m["epoch"] for m in metrics] == [0, 1]

@@ -11,8 +11,6 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from gardo.rewards.preprocess import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ImageTransform,
     center_crop,
     resize_bytes,
@@ -82,11 +80,10 @@ def test_dinov3_resizes_floats(size: tuple[int, int]) -> None:
         ]
         for image in images
     ]
-    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation
+    mean, std = (torch.tensor(v)[:, None, None] for v in imagenet)
     expected = (torch.tensor(np.array(resized)) - mean) / std
-    transform = ImageTransform(
-        (224, 224), None, "bilinear", IMAGENET_MEAN, IMAGENET_STD, as_bytes=False
-    )
+    transform = ImageTransform((224, 224), None, "bilinear", *imagenet, as_bytes=False)
     torch.testing.assert_close(transform(images), expected, rtol=0, atol=1e-4)
 
 

@@ -49,7 +49,7 @@ def test_a_plain_function_is_a_reward() -> None:
 
 
 def test_it_may_return_a_list_and_gets_prompts_and_metadata() -> None:
-    got = rewards_of(toy("length")).score_one(toy("length"), images(), prompts())
+    got = rewards_of(toy("length")).score_one(toy("length"), images(), prompts()).scores
     assert got.tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]
 
 
@@ -69,7 +69,7 @@ def test_parameters_of_the_recipe_are_keywords() -> None:
     name = f"{__name__}:scaled"
     got = rewards_of(name, **{"rewards.parameters": f"{{'{name}': {{factor: 2.0}}}}"})
     torch.testing.assert_close(
-        got.score_one(name, images(), prompts()), 2 * images().mean((1, 2, 3))
+        got.score_one(name, images(), prompts()).scores, 2 * images().mean((1, 2, 3))
     )
     with pytest.raises(UserError, match="missing a required .*'factor'"):
         build_reward(name)
@@ -196,7 +196,7 @@ def test_infinite_scores_are_missing() -> None:
 def test_an_empty_batch() -> None:
     for name in (toy("corner"), toy("batch_size"), "count"):
         rewards = rewards_of(name, **({"rewards.aux": "clean"} if name == "count" else {}))
-        got = rewards.score_one(name, images(4)[:0], [])
+        got = rewards.score_one(name, images(4)[:0], []).scores
         assert got.shape == (0,)
         assert got.dtype == torch.float32
 
@@ -247,7 +247,7 @@ def test_entry_points_add_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "entry_points", points)
     assert {"brightness", "gone", "count"} <= set(reward_names())
     rewards = rewards_of("brightness")
-    got = rewards.score_one("brightness", images(), prompts())
+    got = rewards.score_one("brightness", images(), prompts()).scores
     assert torch.equal(got, images()[:, 0, 0, 0])
     assert not isinstance(build_reward("count"), FunctionReward)  # built-in names stay theirs
     with pytest.raises(UserError, match="reward 'gone': no module named 'no_such'"):
@@ -302,8 +302,14 @@ def test_the_book_keeps_order_and_times() -> None:
     assert book.features().shape == (3, 3)
     assert book.seconds_per_image("a") == pytest.approx(0.2)
     assert book.seconds_per_image("b") is None
-    book.add({"b": torch.zeros(1)}, None)
+    book.add({"b": torch.zeros(1)}, None, details={"b": {"x": torch.ones(1)}})
     assert book.seconds_per_image("b") is None
+    book.add({"b": torch.zeros(2)}, None)  # as of a server that could not score
+    details = book.details()
+    assert list(details) == ["b/x"]
+    torch.testing.assert_close(
+        details["b/x"], torch.tensor([1.0, torch.nan, torch.nan]), equal_nan=True
+    )
 
 
 def test_metrics_of_a_reward() -> None:

@@ -32,13 +32,21 @@ def main(output: str) -> None:
     mine = plan.sample_ids
     names = rewards.training_names
     columns = {name: scores[k, mine] for k, name in enumerate(names)}
-    book.add(columns, features[mine], dict.fromkeys(names, 0.0))
+    # a detail of all processes, and one that no other process has
+    own = {"all": scores[0, mine], f"rank{runtime.rank}": torch.full((len(mine),), 2.0)}
+    book.add(columns, features[mine], dict.fromkeys(names, 0.0), details={names[0]: own})
     shaped = Shaper(config.algorithm, rewards)(book, plan, runtime)
+    for rank in range(runtime.world_size):
+        assert shaped.metrics[f"reward/{names[0]}/rank{rank}/mean"] == 2.0
+    detail = torch.tensor(shaped.metrics[f"reward/{names[0]}/all/mean"])
     advantage = runtime.gather(shaped.advantage, mine, PROMPTS * GROUP)
     gate = runtime.gather(shaped.gate.float(), mine, PROMPTS * GROUP)
     if runtime.is_main:
         per_update = torch.tensor(shaped.gated_per_update)
-        save_file({"advantage": advantage, "gate": gate, "per_update": per_update}, output)
+        save_file(
+            {"advantage": advantage, "gate": gate, "per_update": per_update, "detail": detail},
+            output,
+        )
     runtime.close()
 
 
