@@ -183,7 +183,7 @@ class Trainer:
         with stage("update"), self.checkpoints.updates():
             if isinstance(self.algorithm, GRPO):
                 self.check_parity(rollout, data.steps)
-            stats = UpdateStats(config.algorithm.reference.judged_by)
+            stats = UpdateStats(config.algorithm.reset_judged_by)
             updates = config.train.updates_per_epoch
             for index in range(updates):
                 self.runtime.stop_together()
