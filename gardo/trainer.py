@@ -192,7 +192,7 @@ class Trainer:
         with stage("update"), self.checkpoints.updates():
             if self.algorithm.has_ratios:
                 self.parity(rollout, data.steps, self.progress.write)
-            stats = UpdateStats(config.algorithm.reference.judged_by)
+            stats = UpdateStats(config.algorithm.reset_judged_by)
             updates = config.train.updates_per_epoch
             for index in range(updates):
                 self.runtime.stop_together()

@@ -145,7 +145,7 @@ class Shaper:
         ranks ties in sample order and takes under-rated ones. Negated rewards are under-rated where
         the rewards are over-rated, so a sign gives the other two combinations.
         """
-        mode, ties = self.gate_mode, self.config.gate.ties
+        mode, ties = self.gate_mode, self.config.gate_ties
         if mode not in ("paper", "official") or ties == "auto":
             return mode, 1
         rule = "official" if ties == "ordinal" else "paper"

@@ -206,7 +206,7 @@ class Algorithm(ABC):
         return {}
 
     def penalised(self, shaped: ShapedEpoch, plan: EpochPlan) -> ShapedEpoch:
-        """The samples that carry the KL: the gated ones, or more with ``kl_when_ungated: all``.
+        """The samples that carry the KL: the gated ones, or more with ``kl_when_ungated`` all.
 
         Then an update without a gated sample, or with ``kl_reduction: microbatch`` a micro-batch
         without one, penalises all of its samples, as published code does for DiffusionNFT.

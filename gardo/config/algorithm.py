@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from gardo.config.compat import Compat, compat_value, with_compat_defaults
 from gardo.config.fields import (
     ClipRange,
     Fraction,
@@ -26,11 +27,6 @@ class GateConfig(Section):
         "paper",
         "which samples get the KL penalty: over-rated by the proxy (paper), under-rated (official)",
     )
-    ties: Literal["auto", "half", "ordinal"] = key(
-        "auto",
-        "equal rewards count one half, or rank in sample order; auto: half, with mode official "
-        "ordinal",
-    )
     fraction: Fraction = key(0.1, "initial share of samples that are gated")
     share_of: Literal["nonnegative", "all"] = key(
         "nonnegative", "what the fraction is a share of: the samples with U >= 0, or all"
@@ -42,11 +38,6 @@ class GateConfig(Section):
 class ReferenceConfig(Section):
     kl_threshold: NonNegativeFloat = key(3e-4, "reset when the epoch's KL exceeds this; 0: never")
     reset_every: NonNegative = key(10, "reset at least every so many epochs; 0: never")
-    judged_by: Literal["epoch", "update"] = key(
-        "epoch",
-        "which KL the threshold looks at: the epoch's mean over gated samples, or the KL term in "
-        "the loss of any optimizer step",
-    )
     guard: bool = key(
         False, "reset only to a policy that the auxiliary rewards trust no less than the reference"
     )
@@ -71,32 +62,21 @@ class NFTConfig(Section):
     decay_max: Fraction = key(0.5, "the most that it keeps of itself at an epoch's end")
 
 
-# what the published code does differently; each key can also be set alone
-_OFFICIAL = {"kl_scale": "official", "kl_reduction": "microbatch"}
-_OFFICIAL_SECTIONS: dict[str, dict[str, Any]] = {
-    "gate": {"mode": "official", "ties": "ordinal", "share_of": "nonnegative"},
-    "reference": {"judged_by": "update", "reset_every": 16},  # more than 15 epochs
-}
-
-
 class AlgorithmConfig(Section):
     name: Literal["grpo", "nft"] = key(
         "grpo", "policy gradient on the denoising steps, or DiffusionNFT on the forward process"
     )
-    compat: Literal["paper", "official"] = key(
+    compat: Compat = key(
         "paper",
-        "official: defaults of gate.mode, gate.ties, gate.share_of, kl_scale, kl_reduction, "
-        "kl_when_ungated and reference.judged_by, .reset_every as in the published code",
+        "official: defaults of gate.mode, gate.share_of, kl_scale, kl_reduction and "
+        "reference.reset_every as in the published code, and what else it does differently",
     )
     kl_coef: NonNegativeFloat = key(0.1, "weight of the KL penalty; 0: no reference pass")
     kl_scale: Literal["exact", "official"] = key("exact", "variance in the KL")
     kl_reduction: Literal["gated", "batch", "microbatch"] = key(
         "gated",
-        "KL averaged over the gated samples of an update, over all its samples, or over the gated "
-        "samples of each micro-batch",
-    )
-    kl_when_ungated: Literal["none", "all"] = key(
-        "none", "who is penalised where no sample of an update or micro-batch is gated"
+        "KL averaged over the gated samples of an update, over all its samples, or (with compat "
+        "official) over the gated samples of each micro-batch",
     )
     clip_range: ClipRange = key(1e-4, "PPO clip range, or [low, high]")
     ratio_norm: Literal["none", "guard"] = key(
@@ -111,15 +91,31 @@ class AlgorithmConfig(Section):
     reference: ReferenceConfig = section(ReferenceConfig, "when the reference policy is reset")
     nft: NFTConfig = section(NFTConfig, "DiffusionNFT's own settings")
 
+    @property
+    def kl_when_ungated(self) -> Literal["none", "all"]:
+        """Who is penalised where no sample of an update or micro-batch is gated."""
+        return self._set_by_compat("kl_when_ungated")
+
+    @property
+    def gate_ties(self) -> Literal["auto", "half", "ordinal"]:
+        """Equal rewards count one half, or rank in sample order.
+
+        ``auto``: ordinal with ``gate.mode`` official, else half.
+        """
+        return self._set_by_compat("gate.ties")
+
+    @property
+    def reset_judged_by(self) -> Literal["epoch", "update"]:
+        """Which KL ``reference.kl_threshold`` looks at.
+
+        The epoch's mean over gated samples, or the KL term in the loss of any optimizer step.
+        """
+        return self._set_by_compat("reference.judged_by")
+
+    def _set_by_compat(self, dotted: str) -> Any:
+        return compat_value(dotted, self.compat, self.name)
+
     @model_validator(mode="before")
     @classmethod
-    def _official_defaults(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or data.get("compat") != "official":
-            return data
-        data = {**_OFFICIAL, **data}
-        if data.get("name") == "nft":
-            data.setdefault("kl_when_ungated", "all")
-        for name, defaults in _OFFICIAL_SECTIONS.items():
-            own = data.get(name) or {}
-            data[name] = {**defaults, **own} if isinstance(own, Mapping) else own
-        return data
+    def _defaults_of_compat(cls, data: Any) -> Any:
+        return with_compat_defaults(data) if isinstance(data, Mapping) else data

@@ -58,6 +58,11 @@ def contradictions(c: Config) -> Iterator[str]:
     for name in c.rewards.proxy_weights:
         if name in c.rewards.aux:
             yield f"rewards.aux: '{name}' is the proxy and cannot judge itself"
+    if c.algorithm.kl_reduction == "microbatch" and c.algorithm.compat != "official":
+        yield (
+            "algorithm.kl_reduction: microbatch, which depends on the batch size, is the published "
+            "code's; expected gated or batch, or algorithm.compat official"
+        )
     if c.algorithm.name == "nft" and c.algorithm.ratio_norm != "none":
         yield f"algorithm.ratio_norm: nft has no ratio; expected none, got {c.algorithm.ratio_norm}"
     if c.algorithm.name == "nft" and c.sampling.same_latent:

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+from gardo.config.compat import COMPAT, TOGGLES, compat_value
 from gardo.types import UserError
 
-_BOUND = "sampling.max_ratio_deviation"
-REMOVED = {_BOUND: "renamed to health.ratio"}
-_FORMER_BOUND = 1e-3  # its default, and now that of health.ratio
+_BOUND, _RATIO = "sampling.max_ratio_deviation", "health.ratio"
+REMOVED = {_BOUND: f"renamed to {_RATIO}"} | {
+    f"algorithm.{toggle}": "gone; algorithm.compat official sets it" for toggle in TOGGLES
+}
+"""What is said of each."""
 
 
 def refuse_removed(dotted: str) -> None:
@@ -20,7 +23,7 @@ def refuse_removed(dotted: str) -> None:
 
 
 def without_removed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without the keys that are gone, as in files of earlier versions.
+    """A configuration without the keys that are gone, as files of earlier versions have them.
 
     Raises:
         UserError: such a key has another value than what holds without it.
@@ -28,9 +31,23 @@ def without_removed(data: Mapping[str, Any]) -> dict[str, Any]:
     rest = deepcopy(dict(data))
     for dotted in REMOVED:
         area, name = _parent(rest, dotted)
-        if name in area and area.pop(name) != _FORMER_BOUND:
+        if name in area and not _holds_anyway(dotted, area.pop(name), rest):
             refuse_removed(dotted)
     return rest
+
+
+def _holds_anyway(dotted: str, given: Any, data: dict[str, Any]) -> bool:
+    """Whether a configuration without the key means the same."""
+    if dotted == _BOUND:
+        return bool(given == 1e-3)  # the default, and now that of health.ratio
+    algorithm, gate = _parent(data, "algorithm.")[0], _parent(data, "algorithm.gate.")[0]
+    compat, name = algorithm.get("compat", "paper"), algorithm.get("name", "grpo")
+    if compat not in list(COMPAT) or name not in ("grpo", "nft"):
+        return True  # refused by their own name later
+    implied = compat_value(dotted.removeprefix("algorithm."), compat, name)
+    mode = gate.get("mode", COMPAT[compat].get("gate.mode"))
+    auto = "ordinal" if mode == "official" else "half"  # of gate.ties
+    return (auto if given == "auto" else given) == (auto if implied == "auto" else implied)
 
 
 def take_over_bound(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,7 +56,7 @@ def take_over_bound(data: Mapping[str, Any]) -> dict[str, Any]:
     It is the laxer one: the run neither stops nor warns where it did not before.
     """
     own = deepcopy(dict(data))
-    (sampling, name), (health, _) = _parent(own, _BOUND), _parent(own, "health.ratio")
+    (sampling, name), (health, _) = _parent(own, _BOUND), _parent(own, _RATIO)
     bound, alarm = sampling.pop(name, 0.0), health.get("ratio")
     if bound is None:
         health["ratio"] = None

@@ -17,12 +17,13 @@ from gardo.algorithms.grpo import GRPO, TrainingData
 from gardo.algorithms.reference import reference_pass
 from gardo.algorithms.shaping import ShapedEpoch, Shaper
 from gardo.algorithms.update import UpdateStats
-from gardo.config import load_config
+from gardo.config import AlgorithmConfig, load_config
 from gardo.distributed.process import Runtime
 from gardo.models.adapters import POLICY
 from gardo.rewards.scoring import RewardSet, ScoreBook
 from gardo.sampling.plan import plan_epoch
 from gardo.sampling.steps import step_table
+from gardo.types import UserError
 from tests.models.test_models import perturb
 from tests.support.tiny import PROMPTS
 
@@ -104,10 +105,11 @@ TIED = {"proxy": [1.0, 1.0, 0.0, 0.0], "aux": [[0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 
         ("official", "auto", [-2, 1, 0, 1]),
     ],
 )
-def test_sign_and_ties_switch_apart(runtime, mode, ties, uncertainty):
+def test_sign_and_ties_switch_apart(runtime, monkeypatch, mode, ties, uncertainty):
+    if ties != "auto":
+        monkeypatch.setattr(AlgorithmConfig, "gate_ties", ties)
     config = settings(
         ("algorithm.gate.mode", mode),
-        ("algorithm.gate.ties", ties),
         ("algorithm.gate.adaptive", "false"),
         ("algorithm.gate.fraction", "0.5"),
     )
@@ -211,9 +213,19 @@ def test_averages_of_the_kl(
     ],
 )
 def test_who_is_penalised_where_none_is_gated(
-    config, runtime, adapters, make_sampler, mode, when, kl_reduction, expected, per_update
+    config,
+    runtime,
+    adapters,
+    make_sampler,
+    monkeypatch,
+    mode,
+    when,
+    kl_reduction,
+    expected,
+    per_update,
 ):
-    config.algorithm.kl_when_ungated, config.algorithm.kl_reduction = when, kl_reduction
+    monkeypatch.setattr(AlgorithmConfig, "kl_when_ungated", when)
+    config.algorithm.kl_reduction = kl_reduction
     train = config.train.model_copy(update={"batch_size": 2})
     optimizer = torch.optim.SGD(adapters.parameters().values(), lr=0.0)
     grpo = GRPO(config.algorithm, train, make_sampler(1.0), adapters, optimizer, runtime)
@@ -284,11 +296,18 @@ OFFICIAL = {
 }
 
 
+TOGGLES = {  # what compat alone sets
+    "kl_when_ungated": "kl_when_ungated",
+    "gate.ties": "gate_ties",
+    "reference.judged_by": "reset_judged_by",
+}
+
+
 def chosen(config) -> dict[str, str]:
     found = {}
     for name in OFFICIAL:
         value = config.algorithm
-        for part in name.split("."):
+        for part in TOGGLES.get(name, name).split("."):
             value = getattr(value, part)
         found[name] = value
     return found
@@ -304,12 +323,28 @@ def test_one_key_switches_all():
     assert chosen(config) == {**OFFICIAL, "kl_when_ungated": "all"}
 
 
-@pytest.mark.parametrize("name", [n for n in OFFICIAL if n != "gate.share_of"])
+@pytest.mark.parametrize("name", ["kl_scale", "gate.mode"])
 def test_each_key_switches_alone(name):
-    value = "all" if name == "kl_when_ungated" else OFFICIAL[name]
-    alone = chosen(load_config("tiny", overrides=[(f"algorithm.{name}", value)]))
-    assert alone == {**chosen(load_config("tiny")), name: value}
-    # and back alone, out of the official set
+    alone = chosen(load_config("tiny", overrides=[(f"algorithm.{name}", OFFICIAL[name])]))
+    assert alone == {**chosen(load_config("tiny")), name: OFFICIAL[name]}
+
+
+@pytest.mark.parametrize("name", ["kl_scale", "kl_reduction", "gate.mode"])
+def test_each_key_switches_back_alone_out_of_the_official_set(name):
     plain = chosen(load_config("tiny"))[name]
     overrides = [("algorithm.compat", "official"), (f"algorithm.{name}", plain)]
     assert chosen(load_config("tiny", overrides=overrides)) == {**OFFICIAL, name: plain}
+
+
+def test_averages_of_micro_batches_are_those_of_the_published_code_alone():
+    with pytest.raises(UserError, match=r"algorithm.kl_reduction: microbatch.*compat official"):
+        load_config("tiny", overrides=[("algorithm.kl_reduction", "microbatch")])
+
+
+@pytest.mark.parametrize("name", TOGGLES)
+@pytest.mark.parametrize("compat", ["paper", "official"])
+def test_toggles_are_no_keys(name, compat):
+    overrides = [("algorithm.compat", compat), (f"algorithm.{name}", OFFICIAL[name])]
+    message = f"^algorithm.{name}: gone; algorithm.compat official sets it$"
+    with pytest.raises(UserError, match=message):
+        load_config("tiny", overrides=overrides)

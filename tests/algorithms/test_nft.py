@@ -78,7 +78,7 @@ def nft_of(config, adapters, sampler, runtime, fraction=1.0, **algorithm) -> NFT
 
 def gradients(nft, data, index, batch_size):
     nft.train = nft.train.model_copy(update={"batch_size": batch_size})
-    stats = UpdateStats(nft.algorithm.reference.judged_by)
+    stats = UpdateStats(nft.algorithm.reset_judged_by)
     nft._accumulate_gradients(data, index, stats)
     found = {n: p.grad.clone() for n, p in nft.adapters.parameters().items() if p.grad is not None}
     nft.optimizer.zero_grad()

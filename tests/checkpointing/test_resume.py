@@ -13,6 +13,7 @@ import signal
 import time
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save
 
 from gardo.config import load_config
@@ -437,6 +438,23 @@ def test_settings_that_change_rounding_alone_are_told(runner, copy):
     ]
     config = load_config(str(copy / "config.yaml"))
     assert config.train.batch_size == 2
+
+
+@pytest.mark.parametrize("bound", [1e-3, None])
+def test_a_run_of_an_earlier_version_goes_on_with_keys_that_are_gone(runner, whole, copy, bound):
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["sampling"]["max_ratio_deviation"] = bound
+    config["health"]["ratio"] = 0.01
+    config["algorithm"]["kl_when_ungated"] = "none"
+    config["algorithm"]["gate"]["ties"] = "auto"
+    config["algorithm"]["reference"]["judged_by"] = "epoch"
+    text = yaml.safe_dump(config)
+    (copy / "config.yaml").write_text(text)
+    rewrite(copy / CHECKPOINT, "config.yaml", text.encode())
+    assert runner.run(["--resume", copy, "--epochs", 6]) == 0, runner.said
+    assert_same(copy, whole["grpo"][0])
+    kept = load_config(str(copy / "config.yaml")).health.ratio
+    assert kept == (None if bound is None else 0.01)
 
 
 def test_the_best_checkpoint_is_kept(runner, tmp_path):

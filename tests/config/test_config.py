@@ -14,6 +14,7 @@ from gardo.config import (
     to_yaml,
     validate,
 )
+from gardo.config.compat import COMPAT, TOGGLES
 from gardo.types import UserError
 
 # keys that callers outside this repository rely on
@@ -178,6 +179,14 @@ def test_official_compat_changes_defaults_but_not_explicit_keys():
         "tiny", overrides=[("algorithm.compat", "official"), ("algorithm.gate.mode", "all")]
     ).algorithm
     assert (mixed.gate.mode, mixed.kl_scale) == ("all", "official")
+
+
+def test_every_name_in_the_table_of_compat_is_a_key_or_a_toggle():
+    keys = {name.removeprefix("algorithm.") for name, _ in iter_keys()}
+    assert not keys & set(TOGGLES)
+    for values in COMPAT.values():
+        assert values.keys() <= keys | set(TOGGLES)
+        assert values.keys() >= set(TOGGLES)
 
 
 def test_dump_holds_every_key():

@@ -32,6 +32,7 @@ def test_help_is_quick_and_needs_no_torch():
     seconds = time.perf_counter() - started
     assert result.returncode == 0
     assert "--algorithm.gate.fraction" in result.stdout
+    assert "--device auto|cpu|cuda  (default: auto; on resume changes rounding)" in result.stdout
     code = "import sys; import gardo.train; print('torch' in sys.modules)"
     probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert probe.stdout.strip() == "False"
@@ -68,6 +69,8 @@ def test_list_and_print_config():
         (["--rewards.parameters", "{judge2: {a: 1}}"], "'judge2' is not among the rewards"),
         (["--rewards.parameters.count.nope", "1"], "rewards.parameters.count"),
         (["--sampling.resolution", "25"], "sampling.resolution: expected a multiple of"),
+        (["--sampling.max_ratio_deviation", "1e-3"], "renamed to health.ratio"),
+        (["--algorithm.gate.ties", "half"], "gone; algorithm.compat official sets it"),
         (["--sampling.cuda_graph", "on"], "sampling.cuda_graph"),
         (["--precision", "fp16", "--device", "cpu"], "precision: fp16 needs a GPU"),
         (["--model.lora.targets", "nothing"], "model.lora.targets: no module"),
