@@ -12,8 +12,8 @@ import torch
 from gardo.algorithms.adaptive_reference import AdaptiveReference
 from gardo.algorithms.ema import EMA
 from gardo.algorithms.grpo import GRPO
-from gardo.algorithms.guard import GuardedUpdates
 from gardo.algorithms.nft import NFT
+from gardo.algorithms.nonfinite import update_if_finite
 from gardo.algorithms.parity import check_parity, ratio_deviation
 from gardo.algorithms.shaping import Shaper
 from gardo.algorithms.update import Algorithm, UpdateStats
@@ -102,7 +102,6 @@ class Trainer:
             config.algorithm, train, self.sampler, self.adapters, self.optimizer, runtime
         )
         self.health = Health(config, runtime)
-        self.guarded_update = GuardedUpdates(self.algorithm, self.health)
         self.adaptive_reference = AdaptiveReference(config.algorithm.reference)
         self.evaluator = HeldOutEvaluator(
             config,
@@ -187,7 +186,7 @@ class Trainer:
             updates = config.train.updates_per_epoch
             for index in range(updates):
                 self.runtime.stop_together()
-                made = self.guarded_update(epoch, data, index, stats)
+                made = update_if_finite(self.algorithm, self.health, epoch, data, index, stats)
                 if made and self.ema is not None:
                     self.ema.step()
             update_metrics, kl = stats.metrics(self.runtime)

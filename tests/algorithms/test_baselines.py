@@ -252,10 +252,10 @@ def test_guarded_gradient_is_that_of_the_reweighted_policy_gradient(
     reference = reference_pass(sampler, adapters, rollout, [1, 2], STEPS)
     data = TrainingData(rollout, shaped, reference, STEPS, ratio_norm=RatioNorm(noise, sizes))
     stats = UpdateStats()
-    grpo._accumulate_gradients(data, 0, stats)
+    grpo.accumulate_gradients(data, 0, stats)
     found = {n: p.grad.clone() for n, p in adapters.parameters().items()}
     optimizer.zero_grad()
-    stats.finish_update(torch.tensor(0.0), 2)
+    stats.finish_update(torch.tensor(0.0))
     metrics, _ = stats.metrics(runtime)
     # other batch sizes than in the rollout round differently
     assert metrics["ratio/max_abs_dev"] < 1e-5
