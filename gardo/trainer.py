@@ -10,11 +10,11 @@ import torch
 
 from gardo.algorithms.adaptive_reference import AdaptiveReference
 from gardo.algorithms.ema import EMA
-from gardo.algorithms.guard import GuardedUpdates
+from gardo.algorithms.nonfinite import update_if_finite
 from gardo.algorithms.parity import ParityCheck
 from gardo.algorithms.registry import ALGORITHMS
 from gardo.algorithms.shaping import Shaper
-from gardo.algorithms.update import UpdateStats
+from gardo.algorithms.stats import UpdateStats
 from gardo.checkpointing.parts import Counter, NamedOptimizer, Part, Stateful
 from gardo.checkpointing.policy import CheckpointPolicy
 from gardo.checkpointing.resume import ResumePoint, take_over
@@ -94,7 +94,6 @@ class Trainer:
             config.algorithm, train, self.sampler, self.adapters, self.optimizer, runtime
         )
         self.health = Health(config, runtime)
-        self.guarded_update = GuardedUpdates(self.algorithm, self.health)
         self.adaptive_reference = AdaptiveReference(config.algorithm.reference)
         self.evaluator = HeldOutEvaluator(
             config,
@@ -196,7 +195,7 @@ class Trainer:
             updates = config.train.updates_per_epoch
             for index in range(updates):
                 self.runtime.stop_together()
-                made = self.guarded_update(epoch, data, index, stats)
+                made = update_if_finite(self.algorithm, self.health, epoch, data, index, stats)
                 if made and self.ema is not None:
                     self.ema.step()
             update_metrics, kl = stats.metrics(self.runtime)

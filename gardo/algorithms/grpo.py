@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 import gardo_kernels as gk
-from gardo.algorithms.reference import reference_pass, trained_steps
+from gardo.algorithms.reference import trained_steps
 from gardo.algorithms.shaping import ShapedEpoch
-from gardo.algorithms.update import Algorithm, EpochData, MicroBatch, UpdateStats
+from gardo.algorithms.update import Algorithm, EpochData, MicroBatch
 from gardo.config import Config
 from gardo.models.base import Schedule
 from gardo.rng import derive_seed, normal_rows
-from gardo.sampling.rollout import Rollout, noise_source
-
-__all__ = ["GRPO", "RatioNorm", "TrainingData", "UpdateStats"]
+from gardo.sampling.rollout import Rollout, Transition, noise_source
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,11 @@ class TrainingData(EpochData):
 
     ratio_norm: RatioNorm | None = field(default=None, kw_only=True)
 
+    def at(self, k: int, rows: Tensor) -> Transition:
+        return self.rollout.transition(self.steps[k], rows)
 
-class GRPO(Algorithm):
+
+class GRPO(Algorithm[TrainingData]):
     """Updates the policy from `TrainingData`: Flow-GRPO (arXiv 2505.05470), with GARDO's KL."""
 
     noisy = True
@@ -65,117 +66,47 @@ class GRPO(Algorithm):
             train.timestep_selection,
             derive_seed(seed, "steps", epoch),
         )
-        shaped = self.penalised(shaped, rollout.plan)
-        before = self.sampler.model.rows
-        reference = reference_pass(
-            self.sampler,
-            self.adapters,
-            rollout,
-            shaped.gated_rows,
-            steps,
-            runtime=self.runtime,
-        )
-        ratio_norm = None
+        data = TrainingData(rollout, self.penalised(shaped, rollout.plan), None, steps)
         if self.algorithm.ratio_norm == "guard":
             sizes = (schedule.sigmas[:-1] - schedule.sigmas[1:]).tolist()
             noise = sampling_noise(rollout, steps, self.sampler.latent_shape, seed, epoch)
-            ratio_norm = RatioNorm(noise, [sizes[step] for step in steps])
-        return TrainingData(
-            rollout,
-            shaped,
-            reference,
-            steps,
-            reference_rows=self.sampler.model.rows - before,
-            ratio_norm=ratio_norm,
-        )
+            data.ratio_norm = RatioNorm(noise, [sizes[step] for step in steps])
+        return self._with_reference(data)
 
-    def _accumulate_gradients(self, data: EpochData, index: int, stats: UpdateStats) -> None:
-        plan = data.rollout.plan
-        size, share = plan.update_sizes[index], 1 / len(data.steps)
-        batch_size = plan.batch_size(self.train.batch_size)
-        batches = plan.batches(index, batch_size)
-        last = len(batches) - 1, len(data.steps) - 1
-        for number, rows in enumerate(batches):
-            self.runtime.stop_point()
-            batch = MicroBatch.take(data, self.sampler, rows, batch_size)
-            kl_weight = self.kl_weight(data, index, rows)
-            # gradients are averaged over processes, and the kernel averages over the batch
-            weight = len(batch.rows) * self.runtime.world_size / size * share
-            for step_index in range(len(data.steps)):
-                kl_coef = self.algorithm.kl_coef * kl_weight * size
-                with self._gradients((number, step_index) == last):
-                    out = self._loss(data, batch, step_index, kl_coef)
-                    self._backward(out.loss * weight, batch, step_index)
-                # padding adds nothing to a loss, so sums over the batch are those of its samples
-                count = len(batch.rows) * share
-                stats.add(
-                    out.policy_loss * count,
-                    out.loss * count,
-                    out.kl * count,
-                    kl_weight,
-                    batch.size * share,
-                )
-                stats.add_ratio(out.ratio, batch.real, share, self.algorithm.clip_range)
-
-    def _loss(
-        self, data: EpochData, batch: MicroBatch, step_index: int, kl_coef: float
-    ) -> gk.GRPOLoss:
-        """The loss of a batch; its KL is the sum over gated samples divided by the batch size."""
-        rollout, reference, rows = data.rollout, data.reference, batch.rows
-        step = data.steps[step_index]
-        t = rollout.transition(step, rows)
+    def loss(self, data: TrainingData, batch: MicroBatch, k: int) -> gk.GRPOLoss:
+        t, norm = data.at(k, batch.rows), data.ratio_norm
         velocity = self.sampler.velocity(t.latents, t.timesteps, batch.conditioning)
-        guard = data.ratio_norm if isinstance(data, TrainingData) else None
         out = gk.grpo_loss(
             velocity.cond,
             t.latents,
             t.next_latents,
             t.old_log_prob,
-            # the guarded policy loss stands below; the kernel then gives the KL alone
-            batch.advantage if guard is None else torch.zeros_like(batch.advantage),
+            # the normalised ratio's policy loss stands below; the kernel then gives the KL alone
+            batch.advantage if norm is None else torch.zeros_like(batch.advantage),
             t.coefficients,
             clip_range=self.algorithm.clip_range,
             adv_clip=self.algorithm.adv_clip,
-            gate=None if reference is None else batch.gate,
-            ref_velocity=None if reference is None else reference.rows(step_index, rows),
-            kl_coef=kl_coef,
+            gate=batch.gate,
+            ref_velocity=data.ref_velocity(k, batch),
+            kl_coef=self.algorithm.kl_coef * batch.kl_weight if batch.gated else 0.0,
             kl_reduction="batch",
             velocity_uncond=velocity.uncond,
             guidance_scale=velocity.guidance_scale,
         )
-        if guard is None:
-            return out
-        noise = guard.noise[step_index, rows]
-        ratio = normalised_ratio(velocity.guided, t.latents, t.next_latents, noise, t.coefficients)
-        advantage = batch.advantage.clamp(-self.algorithm.adv_clip, self.algorithm.adv_clip)
-        policy = clipped_loss(ratio, advantage, self.algorithm.clip_range)
-        policy = policy / guard.step_size[step_index]
+        if norm is not None:
+            noise = norm.noise[k, batch.rows]
+            ratio = normalised_ratio(
+                velocity.guided, t.latents, t.next_latents, noise, t.coefficients
+            )
+            advantage = batch.advantage.clamp(-self.algorithm.adv_clip, self.algorithm.adv_clip)
+            policy = clipped_loss(ratio, advantage, self.algorithm.clip_range) / norm.step_size[k]
+            out = out._replace(
+                loss=out.loss + policy, policy_loss=policy.detach(), ratio=ratio.detach()
+            )
+        count = len(batch.rows)
         return out._replace(
-            loss=out.loss + policy, policy_loss=policy.detach(), ratio=ratio.detach()
+            loss=out.loss * count, policy_loss=out.policy_loss * count, kl=out.kl * count
         )
-
-    @torch.no_grad()
-    def contents(self, data: EpochData, batch: MicroBatch, step_index: int) -> dict[str, Tensor]:
-        rollout, rows, step = data.rollout, batch.rows, data.steps[step_index]
-        t = rollout.transition(step, rows)
-        velocity = self.sampler.velocity(t.latents, t.timesteps, batch.conditioning)
-        log_prob = t.log_prob(velocity)
-        found = {
-            "latents": t.latents,
-            "prev_latents": t.next_latents,
-            "timesteps": t.timesteps,
-            "velocity": velocity.cond,
-            "old_log_prob": t.old_log_prob,
-            "log_prob": log_prob,
-            "ratio": torch.exp(log_prob - t.old_log_prob),
-            "advantage": batch.advantage,
-            "gate": batch.gate,
-        }
-        if velocity.uncond is not None:
-            found["velocity_uncond"] = velocity.uncond
-        if data.reference is not None:  # meaningful where the gate holds
-            found["reference_velocity"] = data.reference.rows(step_index, rows)
-        return found
 
 
 def normalised_ratio(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import gardo_kernels as gk
-from gardo.algorithms.reference import RowVelocities, reference_pass, velocity_pass
+from gardo.algorithms.reference import RowVelocities, velocity_pass
 from gardo.algorithms.shaping import ShapedEpoch
-from gardo.algorithms.update import Algorithm, EpochData, MicroBatch, UpdateStats
+from gardo.algorithms.update import Algorithm, EpochData, MicroBatch
 from gardo.config import Config, NFTConfig
 from gardo.models.adapters import BEHAVIOUR, POLICY, REFERENCE
 from gardo.models.base import Schedule
@@ -19,6 +19,24 @@ from gardo.rng import generator
 from gardo.sampling.plan import batches
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.types import UserError
+
+
+@dataclass(frozen=True)
+class NoisedSamples:
+    """Some rows at one level of noise, ``latents = (1 - t) * clean_latents + t * noise``.
+
+    Attributes:
+        latents, clean_latents: ``[B, *latent_shape]`` float32.
+        t: ``[B]`` float32, the share of noise.
+        timesteps: ``[B]`` float32, what the model is told of it.
+        behaviour_velocity: of the behaviour policy, ``[B, *latent_shape]`` float32.
+    """
+
+    latents: Tensor
+    clean_latents: Tensor
+    t: Tensor
+    timesteps: Tensor
+    behaviour_velocity: Tensor
 
 
 @dataclass
@@ -38,8 +56,19 @@ class NFTData(EpochData):
     t: Tensor
     timesteps: Tensor
 
+    def at(self, k: int, rows: Tensor) -> NoisedSamples:
+        if self.behaviour is None:
+            raise ValueError("data: expected velocities of the behaviour policy, got None")
+        return NoisedSamples(
+            self.rollout.latents_at(k, rows),
+            self.rollout.latents_at(-1, rows),
+            self.t[k, rows],
+            self.timesteps[k, rows],
+            self.behaviour.rows(k, rows),
+        )
 
-class NFT(Algorithm):
+
+class NFT(Algorithm[NFTData]):
     """Updates the policy from `NFTData`, with GARDO's KL on the velocities.
 
     Rollouts are drawn by the behaviour policy, a slow copy of the policy, without noise and without
@@ -61,7 +90,6 @@ class NFT(Algorithm):
     ) -> NFTData:
         """Noise the samples; run the behaviour policy on all, the reference on penalised rows."""
         refuse_guidance(self.sampler)
-        shaped = self.penalised(shaped, rollout.plan)
         chosen = drawn_steps(
             rollout.plan.sample_ids.tolist(),
             schedule.num_steps,
@@ -79,99 +107,29 @@ class NFT(Algorithm):
             behaviour = velocity_pass(
                 self.sampler, rollout, range(len(rollout)), steps, timesteps, self.runtime
             )
-        before = self.sampler.model.rows
-        reference = reference_pass(
-            self.sampler,
-            self.adapters,
-            rollout,
-            shaped.gated_rows,
-            steps,
-            timesteps,
-            self.runtime,
-        )
-        return NFTData(
-            rollout,
-            shaped,
-            reference,
-            steps,
-            behaviour,
-            t,
-            timesteps,
-            reference_rows=self.sampler.model.rows - before,
-        )
+        shaped = self.penalised(shaped, rollout.plan)
+        data = NFTData(rollout, shaped, None, steps, behaviour, t, timesteps)
+        return self._with_reference(data, timesteps)
 
-    def _accumulate_gradients(self, data: EpochData, index: int, stats: UpdateStats) -> None:
-        if not isinstance(data, NFTData):
-            raise TypeError(f"data: expected NFTData, got {type(data).__name__}")
-        plan, config = data.rollout.plan, self.algorithm
-        size, share = plan.update_sizes[index], 1 / len(data.steps)
-        batch_size = plan.batch_size(self.train.batch_size)
-        parts = plan.batches(index, batch_size)
-        last = len(parts) - 1, len(data.steps) - 1
-        for number, rows in enumerate(parts):
-            self.runtime.stop_point()
-            batch = MicroBatch.take(data, self.sampler, rows, batch_size)
-            kl_weight = self.kl_weight(data, index, rows)
-            # the kernel averages the KL over the penalised samples, the policy's loss over all
-            kl_coef = config.kl_coef * kl_weight * size * batch.gated / max(batch.size, 1)
-            # gradients are averaged over processes
-            weight = batch.size * self.runtime.world_size / size * share
-            for k in data.steps:
-                with self._gradients((number, k) == last):
-                    out = self._loss(data, batch, k, kl_coef)
-                    self._backward(out.loss * weight, batch, k)
-                count = batch.size * share
-                stats.add(
-                    out.policy_loss * count,
-                    out.loss * count,
-                    out.kl * batch.gated * share,
-                    kl_weight,
-                    count,
-                )
-
-    def _loss(self, data: NFTData, batch: MicroBatch, k: int, kl_coef: float) -> gk.NFTLoss:
-        rollout, size = data.rollout, batch.size
-        noised = rollout.latents_at(k, batch.rows)
-        v = self.sampler.velocity(noised, data.timesteps[k, batch.rows], batch.conditioning).cond
-        # a sample without advantage still has a loss here: the padding must go
-        rows, v = batch.rows[:size], v[:size]
-        reference, behaviour = data.reference if batch.gated else None, data.behaviour
-        if behaviour is None:
-            raise ValueError("data: expected velocities of the behaviour policy, got None")
-        return gk.nft_loss(
-            v,
-            behaviour.rows(k, rows),
-            rollout.latents_at(-1, rows),
-            noised[:size],
-            data.t[k, rows],
-            batch.advantage[:size],
+    def loss(self, data: NFTData, batch: MicroBatch, k: int) -> gk.NFTLoss:
+        x, n = data.at(k, batch.rows), batch.size
+        velocity = self.sampler.velocity(x.latents, x.timesteps, batch.conditioning).cond
+        reference = data.ref_velocity(k, batch)
+        # a sample without advantage has a loss, too: the padding must go
+        out = gk.nft_loss(
+            velocity[:n],
+            x.behaviour_velocity[:n],
+            x.clean_latents[:n],
+            x.latents[:n],
+            x.t[:n],
+            batch.advantage[:n],
             beta=self.algorithm.nft.beta,
             adv_clip=self.algorithm.adv_clip,
-            gate=None if reference is None else batch.gate[:size],
-            ref_velocity=None if reference is None else reference.rows(k, rows),
-            kl_coef=0.0 if reference is None else kl_coef,
+            gate=batch.gate[:n],
+            ref_velocity=None if reference is None else reference[:n],
+            kl_coef=self.algorithm.kl_coef * batch.kl_weight * batch.gated / max(n, 1),
         )
-
-    @torch.no_grad()
-    def contents(self, data: EpochData, batch: MicroBatch, step_index: int) -> dict[str, Tensor]:
-        if not isinstance(data, NFTData):
-            raise TypeError(f"data: expected NFTData, got {type(data).__name__}")
-        rollout, rows, k = data.rollout, batch.rows, step_index
-        noised, timesteps = rollout.latents_at(k, rows), data.timesteps[k, rows]
-        found = {
-            "latents": rollout.latents_at(-1, rows),
-            "noised_latents": noised,
-            "t": data.t[k, rows],
-            "timesteps": timesteps,
-            "velocity": self.sampler.velocity(noised, timesteps, batch.conditioning).cond,
-            "advantage": batch.advantage,
-            "gate": batch.gate,
-        }
-        if data.behaviour is not None:
-            found["behaviour_velocity"] = data.behaviour.rows(k, rows)
-        if data.reference is not None:  # meaningful where the gate holds
-            found["reference_velocity"] = data.reference.rows(k, rows)
-        return found
+        return gk.NFTLoss(out.loss * n, out.policy_loss * n, out.kl * batch.gated)
 
     def finish_epoch(self, optimizer_steps: int) -> dict[str, float]:
         """The behaviour policy follows the policy, the slower the longer training has lasted."""

@@ -1,20 +1,20 @@
-"""What the algorithms share: an epoch's data, micro-batches, the KL's weights and the figures."""
+"""What the algorithms share: an epoch's data, its micro-batches, and the update that they make."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from gardo.algorithms.reference import RowVelocities
+from gardo.algorithms.reference import RowVelocities, reference_pass
 from gardo.algorithms.shaping import ShapedEpoch
+from gardo.algorithms.stats import Loss, UpdateStats
 from gardo.checkpointing.state_tensors import whole
 from gardo.config import AlgorithmConfig, Config, TrainConfig
 from gardo.distributed.process import Runtime
@@ -26,11 +26,9 @@ from gardo.sampling.rollout import Rollout, Sampler
 from gardo.sampling.steps import StepTable, sde_window, step_table
 from gardo.sampling.trajectory import Conditioning
 
-Probe = Callable[[Tensor, "MicroBatch", int], None]
-
 
 @dataclass
-class EpochData:
+class EpochData(ABC):
     """One epoch's samples, ready for its updates.
 
     Attributes:
@@ -45,8 +43,24 @@ class EpochData:
     steps: Sequence[int]
     reference_rows: int = field(default=0, kw_only=True)
 
+    @abstractmethod
+    def at(self, k: int, rows: Tensor) -> Any:
+        """What is trained on at the ``k``-th trained step: a dataclass of ``[B, ...]`` tensors.
 
-class Algorithm(ABC):
+        The model is given its ``latents`` and ``timesteps``.
+        """
+
+    def ref_velocity(self, k: int, batch: MicroBatch) -> Tensor | None:
+        """Of the reference; what other than gated rows hold must not be used. None without any."""
+        if self.reference is None or not batch.gated:
+            return None
+        return self.reference.rows(k, batch.rows)
+
+
+Data = TypeVar("Data", bound=EpochData)
+
+
+class Algorithm(ABC, Generic[Data]):
     """Turns a scored rollout into optimizer steps of the policy.
 
     What the trainer and the planner need to know of an algorithm, they ask its class.
@@ -79,7 +93,6 @@ class Algorithm(ABC):
         self.parameters = list(adapters.parameters().values())
         self.optimizer = optimizer
         self.runtime = runtime
-        self._probe: Probe | None = None
 
     @classmethod
     def rollout_steps(
@@ -105,7 +118,7 @@ class Algorithm(ABC):
     @abstractmethod
     def prepare(
         self, rollout: Rollout, shaped: ShapedEpoch, schedule: Schedule, seed: int, epoch: int
-    ) -> EpochData:
+    ) -> Data:
         """Choose what is trained, and run all forwards that need no gradient.
 
         Args:
@@ -113,38 +126,95 @@ class Algorithm(ABC):
             seed: the run's; everything random is a function of it, the epoch and sample ids.
         """
 
-    def update(self, data: EpochData, index: int, stats: UpdateStats) -> Outcome:
-        """Make the epoch's optimizer step number ``index``, unless its numbers are not finite.
+    @abstractmethod
+    def loss(self, data: Data, batch: MicroBatch, k: int) -> Loss:
+        """Summed over a micro-batch at the ``k``-th trained step; padding must add nothing.
 
-        Every batch is weighted by its share of the update, so that the gradient depends neither on
-        the batch size nor on the number of processes (unless ``kl_reduction`` is ``microbatch``).
+        A sample's KL weighs ``algorithm.kl_coef * batch.kl_weight``.
+        """
+
+    def finish_epoch(self, optimizer_steps: int) -> dict[str, float]:
+        """After an epoch's updates; ``optimizer_steps`` counts those of the whole run.
+
+        Returns:
+            further metrics.
+        """
+        return {}
+
+    def update(self, data: Data, index: int, stats: UpdateStats) -> Outcome:
+        """Make the epoch's optimizer step number ``index``, unless its numbers are not finite.
 
         Returns:
             what became of it, the same on all processes. A step that was not made leaves weights,
             optimizer and ``stats`` as they were.
         """
-        self._accumulate_gradients(data, index, stats)
+        self.accumulate_gradients(data, index, stats)
         accelerator = self.runtime.accelerator
         norm = whole(accelerator.clip_grad_norm_(self.parameters, self.train.max_grad_norm))
         outcome = self._outcome(stats.losses_finite(), norm)
         if outcome is Outcome.MADE:
             self.optimizer.step()
-            stats.finish_update(norm, data.shaped.gated_per_update[index])
+            stats.finish_update(norm)
         else:
             stats.drop_update()
         self.optimizer.zero_grad(set_to_none=True)
         return outcome
 
-    def go_through(self, data: EpochData, index: int, probe: Probe) -> None:
-        """Go through the batches of an update again; ``probe`` gets each loss in place of backward.
+    def accumulate_gradients(self, data: Data, index: int, stats: UpdateStats) -> None:
+        """Backward through every micro-batch of an update, at every trained step."""
+        weight = self.weight(data, index)
+        for batch, k, last in self.passes(data, index):
+            with self._reduced_if(last):
+                out = self.loss(data, batch, k)
+                self.runtime.accelerator.backward(out.loss * weight)
+            stats.add(out, batch.size, batch.gated, batch.kl_weight, self.algorithm.clip_range)
 
-        Nothing is updated. All processes must come here.
+    def passes(self, data: Data, index: int) -> Iterator[tuple[MicroBatch, int, bool]]:
+        """The micro-batches of an update at each trained step, and whether it is the last pass."""
+        plan = data.rollout.plan
+        size = plan.batch_size(self.train.batch_size)
+        parts = plan.batches(index, size)
+        for rows in parts:
+            self.runtime.stop_point()
+            kl_weight = self.kl_weight(data, index, rows)
+            batch = MicroBatch.take(data, self.sampler, rows, size, kl_weight)
+            for k in range(len(data.steps)):
+                yield batch, k, rows is parts[-1] and k + 1 == len(data.steps)
+
+    def weight(self, data: Data, index: int) -> float:
+        """Of a sample's loss at a step, so that the update's is a mean over both.
+
+        Gradients are averaged over processes. They depend neither on the number of processes nor
+        on the batch size, unless ``kl_reduction`` is ``microbatch``.
         """
-        self._probe = probe
-        try:
-            self._accumulate_gradients(data, index, UpdateStats())
-        finally:
-            self._probe = None
+        return self.runtime.world_size / (data.rollout.plan.update_sizes[index] * len(data.steps))
+
+    def kl_weight(self, data: Data, index: int, rows: slice) -> float:
+        """Of a penalised sample's KL in a micro-batch, where its policy loss has weight 1."""
+        shaped, reduction = data.shaped, self.algorithm.kl_reduction
+        if data.reference is None:
+            return 0.0
+        if reduction == "gated":
+            size, gated = data.rollout.plan.update_sizes[index], shaped.gated_per_update[index]
+            return size / max(gated, 1)
+        if reduction == "microbatch":
+            return (rows.stop - rows.start) / max(_count(shaped.gated_rows, rows), 1)
+        return 1.0
+
+    def _with_reference(self, data: Data, timesteps: Tensor | None = None) -> Data:
+        """Run the reference on the penalised rows; ``timesteps`` as in `reference_pass`."""
+        before = self.sampler.model.rows
+        data.reference = reference_pass(
+            self.sampler,
+            self.adapters,
+            data.rollout,
+            data.shaped.gated_rows,
+            data.steps,
+            timesteps,
+            self.runtime,
+        )
+        data.reference_rows = self.sampler.model.rows - before
+        return data
 
     def _outcome(self, losses_finite: Tensor, grad_norm: Tensor) -> Outcome:
         """What becomes of accumulated gradients; costs one small transfer to the host.
@@ -165,45 +235,15 @@ class Algorithm(ABC):
                 return Outcome.SCALED_DOWN
         return Outcome.BAD_GRADIENT if gradient else Outcome.MADE
 
-    @abstractmethod
-    def _accumulate_gradients(self, data: EpochData, index: int, stats: UpdateStats) -> None:
-        """Backward through every micro-batch of an update."""
-
-    def _backward(self, loss: Tensor, batch: MicroBatch, step_index: int) -> None:
-        """Backward through a micro-batch at one trained step, or what `go_through` does instead."""
-        if self._probe is not None:
-            self._probe(loss, batch, step_index)
-        else:
-            self.runtime.accelerator.backward(loss)
-
-    @contextmanager
-    def _gradients(self, last: bool) -> Iterator[None]:
+    def _reduced_if(self, last: bool) -> AbstractContextManager[None]:
         """A forward and backward; only in an update's last are gradients reduced over processes.
 
         With full fine-tuning and sharded weights they are in each, because before it every process
         holds all of them, which is what sharding avoids.
         """
-        kept_whole = self.runtime.sharded and isinstance(self.adapters, FullCopies)
-        if last or kept_whole or self._probe is not None:
-            yield
-            return
-        with self.runtime.accelerator.no_sync(self.sampler.model.module):
-            yield
-
-    @abstractmethod
-    def contents(self, data: EpochData, batch: MicroBatch, step_index: int) -> dict[str, Tensor]:
-        """What a micro-batch's loss at a trained step is made of, ``[B, ...]`` each.
-
-        Runs the policy once, without gradients.
-        """
-
-    def finish_epoch(self, optimizer_steps: int) -> dict[str, float]:
-        """After an epoch's updates; ``optimizer_steps`` counts those of the whole run.
-
-        Returns:
-            further metrics.
-        """
-        return {}
+        if last or (self.runtime.sharded and isinstance(self.adapters, FullCopies)):
+            return nullcontext()
+        return self.runtime.accelerator.no_sync(self.sampler.model.module)
 
     def penalised(self, shaped: ShapedEpoch, plan: EpochPlan) -> ShapedEpoch:
         """The samples that carry the KL: the gated ones, or more with ``kl_when_ungated`` all.
@@ -230,21 +270,6 @@ class Algorithm(ABC):
             shaped, gate=gate, gated_rows=tuple(sorted(rows)), gated_per_update=tuple(per_update)
         )
 
-    def kl_weight(self, data: EpochData, index: int, rows: slice) -> float:
-        """What the KL of a penalised sample in these rows is multiplied by in its update's loss.
-
-        Without ``kl_coef``; the mean over steps comes on top.
-        """
-        shaped, size = data.shaped, data.rollout.plan.update_sizes[index]
-        if data.reference is None:
-            return 0.0
-        if self.algorithm.kl_reduction == "batch":
-            return 1 / size
-        if self.algorithm.kl_reduction == "gated":
-            return 1 / max(shaped.gated_per_update[index], 1)
-        share = (rows.stop - rows.start) / size
-        return share / max(_count(shaped.gated_rows, rows), 1)
-
 
 def _rows(rows: slice) -> range:
     return range(rows.start, rows.stop)
@@ -262,18 +287,26 @@ class MicroBatch:
     Attributes:
         size: rows without the padding.
         gated: how many of them carry the KL penalty.
+        kl_weight: see `Algorithm.kl_weight`.
     """
 
     rows: Tensor
     size: int
     gated: int
-    real: Tensor
     conditioning: Conditioning
     advantage: Tensor
     gate: Tensor
+    kl_weight: float
 
     @classmethod
-    def take(cls, data: EpochData, sampler: Sampler, rows: slice, batch_size: int) -> MicroBatch:
+    def take(
+        cls,
+        data: EpochData,
+        sampler: Sampler,
+        rows: slice,
+        batch_size: int,
+        kl_weight: float = 0.0,
+    ) -> MicroBatch:
         """Fill a batch with consecutive rows of an update; prompts are looked up once."""
         shaped, rollout = data.shaped, data.rollout
         index = padded_rows(rows, batch_size, torch.device("cpu"))
@@ -284,117 +317,4 @@ class MicroBatch:
         real = torch.arange(batch_size, device=device) < size
         advantage = torch.where(real, shaped.advantage[index], 0.0)
         gate = shaped.gate[index] & real
-        return cls(index, size, gated, real, conditioning, advantage, gate)
-
-
-@dataclass
-class UpdateStats:
-    """Sums over an epoch's updates, kept on the device until `metrics` reads them once.
-
-    Attributes:
-        judged_by: which KL `metrics` hands to the adaptive reference: ``epoch``, the mean over the
-            gated samples; ``update``, the largest KL term that an optimizer step had in its loss.
-    """
-
-    judged_by: str = "epoch"
-    policy_loss: list[Tensor] = field(default_factory=list)
-    total_loss: list[Tensor] = field(default_factory=list)
-    kl: list[Tensor] = field(default_factory=list)
-    kl_term: list[Tensor] = field(default_factory=list)
-    clipped: list[Tensor] = field(default_factory=list)
-    samples: float = 0.0
-    ratio_deviation: list[Tensor] = field(default_factory=list)
-    ratio_distance: list[Tensor] = field(default_factory=list)
-    grad_norm: list[Tensor] = field(default_factory=list)
-    call_ends: list[int] = field(default_factory=list)
-    gated: int = 0
-    _samples_made: float = 0.0
-
-    def add(
-        self, policy: Tensor, total: Tensor, kl_sum: Tensor, kl_weight: float, samples: float
-    ) -> None:
-        """Add one kernel call.
-
-        Args:
-            policy, total: losses summed over the samples of the call.
-            kl_sum: KL summed over its penalised samples.
-            kl_weight: see `Algorithm.kl_weight`.
-            samples: how many they are; like the sums, divided by the number of trained steps.
-        """
-        self.policy_loss.append(policy.detach())
-        self.total_loss.append(total.detach())
-        self.kl.append(kl_sum.detach())
-        self.kl_term.append(kl_sum.detach() * kl_weight)
-        self.samples += samples
-
-    def add_ratio(
-        self, ratio: Tensor, real: Tensor, share: float, clip_range: float | tuple[float, float]
-    ) -> None:
-        """Add the ratios of one call; ``share`` is 1 over the number of trained steps."""
-        ratio = ratio.detach()
-        distance = torch.where(real, (ratio - 1).abs(), 0.0)
-        self.clipped.append((_outside(ratio, clip_range) & real).sum() * share)
-        self.ratio_distance.append(distance.sum() * share)
-        if not self.grad_norm:  # before the first step the policy is still the one that sampled
-            self.ratio_deviation.append(distance.max())
-
-    def finish_update(self, grad_norm: Tensor, gated: int) -> None:
-        """Close an optimizer step; ``gated`` counts its gated samples over all processes."""
-        self.grad_norm.append(grad_norm.detach())
-        self.call_ends.append(len(self.kl))
-        self.gated += gated
-        self._samples_made = self.samples
-
-    def losses_finite(self) -> Tensor:
-        """Whether all losses since the last step are finite, on this process; 0-d bool."""
-        return torch.stack(self.total_loss[self._calls_made :]).isfinite().all()
-
-    def drop_update(self) -> None:
-        """Forget the calls since the last step, which is not followed by another one."""
-        for calls in (self.policy_loss, self.total_loss, self.kl, self.kl_term):
-            del calls[self._calls_made :]
-        del self.clipped[self._calls_made :], self.ratio_distance[self._calls_made :]
-        if not self.grad_norm:
-            self.ratio_deviation.clear()
-        self.samples = self._samples_made
-
-    @property
-    def _calls_made(self) -> int:
-        return self.call_ends[-1] if self.call_ends else 0
-
-    def metrics(self, runtime: Runtime) -> tuple[dict[str, float], float | None]:
-        """The epoch's figures over all processes, and the KL that the reference is judged by.
-
-        The latter is None if no sample was gated. Updates that were left out do not count; if all
-        were, the figures are NaN.
-        """
-        if not self.grad_norm:
-            return dict.fromkeys(("loss/policy", "loss/total", "kl", "grad_norm"), math.nan), None
-        starts = [0, *self.call_ends[:-1]]
-        sums = [self.policy_loss, self.total_loss, self.kl, self.clipped, self.ratio_distance]
-        sums += [self.kl_term[a:b] for a, b in zip(starts, self.call_ends, strict=True)]
-        device = runtime.device
-        none = torch.zeros(1, dtype=torch.float64, device=device)
-        local = [torch.stack(some).double().sum().reshape(1) if some else none for some in sums]
-        count = torch.tensor([self.samples], dtype=torch.float64, device=device)
-        samples, policy, total, kl_sum, clipped, distance, *terms = runtime.sum(
-            torch.cat([count, *local])
-        ).tolist()
-        mean = kl_sum / self.gated if self.gated else None
-        figures = {
-            "loss/policy": policy / samples,
-            "loss/total": total / samples,
-            "kl": 0.0 if mean is None else mean,
-        }
-        if self.ratio_deviation:
-            deviation = runtime.max(torch.stack(self.ratio_deviation).max())
-            figures["clip_fraction"] = clipped / samples
-            figures["ratio/max_abs_dev"] = float(deviation)
-            figures["ratio/mean_abs_dev"] = distance / samples
-        figures["grad_norm"] = float(torch.stack(self.grad_norm).mean())
-        return figures, max(terms) if mean is not None and self.judged_by == "update" else mean
-
-
-def _outside(ratio: Tensor, clip_range: float | tuple[float, float]) -> Tensor:
-    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
-    return (ratio < 1 - low) | (ratio > 1 + high)
+        return cls(index, size, gated, conditioning, advantage, gate, kl_weight)

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import gardo_kernels as gk
-from gardo.algorithms.grpo import GRPO, TrainingData, UpdateStats
+from gardo.algorithms.grpo import GRPO, TrainingData
 from gardo.algorithms.reference import reference_pass, trained_steps
 from gardo.algorithms.shaping import ShapedEpoch, Shaper
+from gardo.algorithms.stats import UpdateStats
 from gardo.config import load_config
 from gardo.distributed.process import Runtime
 from gardo.models.adapters import POLICY
@@ -55,10 +56,10 @@ def gradients_of_update(
     settings = config.train.model_copy(update={"max_grad_norm": 1e9, **train})
     grpo = GRPO(config.algorithm, settings, sampler, adapters, optimizer, runtime)
     stats = UpdateStats()
-    grpo._accumulate_gradients(TrainingData(rollout, shaped, reference, STEPS), index, stats)
+    grpo.accumulate_gradients(TrainingData(rollout, shaped, reference, STEPS), index, stats)
     found = {n: p.grad.clone() for n, p in adapters.parameters().items() if p.grad is not None}
     optimizer.zero_grad()
-    stats.finish_update(torch.tensor(0.0), shaped.gated_per_update[index])
+    stats.finish_update(torch.tensor(0.0))
     return found, stats.metrics(runtime)
 
 

@@ -16,7 +16,7 @@ from gardo.algorithms.adaptive_reference import AdaptiveReference
 from gardo.algorithms.grpo import GRPO, TrainingData
 from gardo.algorithms.reference import reference_pass
 from gardo.algorithms.shaping import ShapedEpoch, Shaper
-from gardo.algorithms.update import UpdateStats
+from gardo.algorithms.stats import UpdateStats
 from gardo.config import AlgorithmConfig, load_config
 from gardo.distributed.process import Runtime
 from gardo.models.adapters import POLICY
@@ -192,8 +192,8 @@ def test_averages_of_the_kl(
     everyone = reference_pass(sampler, adapters, rollout, range(8), [step])
     reference = reference_pass(sampler, adapters, rollout, (0, 1, 2), [step])
     stats = UpdateStats(judged_by="update")
-    grpo._accumulate_gradients(TrainingData(rollout, shaped, reference, [step]), 0, stats)
-    stats.finish_update(torch.tensor(0.0), 3)
+    grpo.accumulate_gradients(TrainingData(rollout, shaped, reference, [step]), 0, stats)
+    stats.finish_update(torch.tensor(0.0))
     metrics, judged = stats.metrics(runtime)
     kl = kl_of_rows(sampler, rollout, everyone, step)[:4]
     term = float((kl * torch.tensor(weights)).sum())
@@ -258,15 +258,18 @@ def test_which_kl_judges(runtime, judged_by, judged):
     one = torch.ones(())
     for kls in ((0.8, 0.0), (0.0, 0.2)):
         for kl in kls:
-            stats.add(one, one, one * kl, kl_weight=1.0, samples=1.0)
-        stats.finish_update(one, 1)
+            # of two samples one is gated
+            out = gk.NFTLoss(one, one, one * kl)
+            stats.add(out, size=1, gated=int(kl > 0), kl_weight=2.0)
+        stats.finish_update(one)
     assert stats.metrics(runtime)[1] == pytest.approx(judged)
 
 
 def test_no_gated_sample_judges_nothing(runtime):
     stats = UpdateStats("update")
-    stats.add(torch.ones(()), torch.ones(()), torch.zeros(()), 0.0, 1.0)
-    stats.finish_update(torch.ones(()), 0)
+    out = gk.NFTLoss(torch.ones(()), torch.ones(()), torch.zeros(()))
+    stats.add(out, size=1, gated=0, kl_weight=0.0)
+    stats.finish_update(torch.ones(()))
     assert stats.metrics(runtime)[1] is None
 
 

@@ -18,7 +18,8 @@ from gardo.algorithms.nft import (
     refuse_guidance,
 )
 from gardo.algorithms.reference import RowVelocities
-from gardo.algorithms.update import MicroBatch, UpdateStats
+from gardo.algorithms.stats import UpdateStats
+from gardo.algorithms.update import MicroBatch
 from gardo.config import NFTConfig, load_config
 from gardo.distributed.process import Runtime
 from gardo.families import FAMILIES
@@ -79,10 +80,10 @@ def nft_of(config, adapters, sampler, runtime, fraction=1.0, **algorithm) -> NFT
 def gradients(nft, data, index, batch_size):
     nft.train = nft.train.model_copy(update={"batch_size": batch_size})
     stats = UpdateStats(nft.algorithm.reset_judged_by)
-    nft._accumulate_gradients(data, index, stats)
+    nft.accumulate_gradients(data, index, stats)
     found = {n: p.grad.clone() for n, p in nft.adapters.parameters().items() if p.grad is not None}
     nft.optimizer.zero_grad()
-    stats.finish_update(torch.tensor(0.0), data.shaped.gated_per_update[index])
+    stats.finish_update(torch.tensor(0.0))
     return found, stats.metrics(nft.runtime)
 
 
@@ -209,8 +210,8 @@ def test_recorded_loss_and_gradient(config, adapters, make_sampler, runtime):
     )
     stats = UpdateStats()
     nft.train = nft.train.model_copy(update={"batch_size": n})
-    nft._accumulate_gradients(data, 0, stats)
-    stats.finish_update(torch.tensor(0.0), len(gated))
+    nft.accumulate_gradients(data, 0, stats)
+    stats.finish_update(torch.tensor(0.0))
     metrics, kl = stats.metrics(runtime)
     assert metrics["loss/total"] == pytest.approx(float(golden["loss"]), rel=2e-5)
     assert metrics["loss/policy"] == pytest.approx(float(golden["policy_loss"]), rel=2e-5)
@@ -280,7 +281,7 @@ def test_padding_has_no_part(config, runtime, adapters, make_sampler, rollout, m
     batch = MicroBatch.take(data, nft.sampler, slice(3, 4), 4)
     assert (batch.size, len(batch.rows)) == (1, 4)
     alone = MicroBatch.take(data, nft.sampler, slice(3, 4), 1)
-    padded, single = (float(nft._loss(data, b, 0, 0.0).loss.detach()) for b in (batch, alone))
+    padded, single = (float(nft.loss(data, b, 0).loss.detach()) for b in (batch, alone))
     assert padded == pytest.approx(single, rel=1e-5)
 
 

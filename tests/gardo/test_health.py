@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gardo.algorithms.update import UpdateStats
+from gardo.algorithms.nonfinite import update_if_finite
+from gardo.algorithms.stats import UpdateStats
 from gardo.config import load_config
 from gardo.distributed.process import Runtime
 from gardo.run.health import Outcome
@@ -126,7 +127,7 @@ def test_too_many_in_a_row_end_the_run_with_a_dump(runner, tmp_path, what, chang
     assert len(shape) == 4
     assert dump["velocity"].shape == shape
     assert dump["advantage"].shape == dump["gate"].shape == dump["timesteps"].shape == (2,)
-    own = {"noised_latents", "behaviour_velocity", "t"} if changes else {"prev_latents", "ratio"}
+    own = {"clean_latents", "behaviour_velocity", "t"} if changes else {"next_latents", "ratio"}
     assert own <= dump.keys()
     if not changes:  # the weights are those that sampled
         torch.testing.assert_close(dump["log_prob"], dump["old_log_prob"], rtol=0, atol=1e-5)
@@ -204,13 +205,13 @@ def scaled(tmp_path):
 
 
 def patched(monkeypatch, trainer, wrap):
-    original = type(trainer.algorithm)._loss
+    original = type(trainer.algorithm).loss
 
     def loss(self, *args):
         out = original(self, *args)
         return out._replace(loss=wrap(out.loss))
 
-    monkeypatch.setattr(type(trainer.algorithm), "_loss", loss)
+    monkeypatch.setattr(type(trainer.algorithm), "loss", loss)
 
 
 def weights(trainer):
@@ -231,7 +232,7 @@ def test_a_scale_that_is_too_large_is_lowered_and_no_failure(scaled, monkeypatch
     while not made:  # 2^17 is above what a float16 holds
         assert same(weights(trainer), before)
         assert trainer.optimizer.state_dict()["state"] == {}
-        made = trainer.guarded_update(0, data, 0, stats)
+        made = update_if_finite(trainer.algorithm, trainer.health, 0, data, 0, stats)
     assert 1 <= scaler.get_scale() < 2.0**17
     assert len(said) == round(17 - torch.tensor(scaler.get_scale()).log2().item())
     assert all("by the loss scaler" in line for line in said)

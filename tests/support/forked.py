@@ -224,8 +224,8 @@ def not_finite(updates: list[list[int]], what: str, rank: int = 0) -> None:
     """
     import torch
 
+    import gardo.trainer
     from gardo.algorithms.grpo import GRPO
-    from gardo.algorithms.guard import GuardedUpdates
     from gardo.algorithms.nft import NFT
 
     class Infinite(torch.autograd.Function):
@@ -238,19 +238,19 @@ def not_finite(updates: list[list[int]], what: str, rank: int = 0) -> None:
             return gradient * torch.inf
 
     now = [None]
-    update = GuardedUpdates.__call__
+    update = gardo.trainer.update_if_finite
 
-    def noted(self, epoch, data, index, stats):
+    def noted(algorithm, health, epoch, data, index, stats):
         now[:] = [[epoch, index], data.rollout.plan.updates[index]]
-        return update(self, epoch, data, index, stats)
+        return update(algorithm, health, epoch, data, index, stats)
 
-    GuardedUpdates.__call__ = noted
+    gardo.trainer.update_if_finite = noted
 
     def broken(owner):
-        function = owner._loss
+        function = owner.loss
 
-        def loss(self, data, batch, step_index, kl_coef):
-            out = function(self, data, batch, step_index, kl_coef)
+        def loss(self, data, batch, step_index):
+            out = function(self, data, batch, step_index)
             rows = now[1]
             last = int(batch.rows[0]) + len(batch.rows) >= rows.stop
             if now[0] in updates and step_index == 0 and last and self.runtime.rank == rank:
@@ -258,7 +258,7 @@ def not_finite(updates: list[list[int]], what: str, rank: int = 0) -> None:
                 return out._replace(loss=value)
             return out
 
-        owner._loss = loss
+        owner.loss = loss
 
     broken(GRPO)
     broken(NFT)
@@ -266,14 +266,15 @@ def not_finite(updates: list[list[int]], what: str, rank: int = 0) -> None:
 
 def leave_out(updates: list[list[int]]) -> None:
     """Some ``[epoch, update]`` do not happen."""
-    from gardo.algorithms.guard import GuardedUpdates
+    import gardo.trainer
 
-    update = GuardedUpdates.__call__
+    update = gardo.trainer.update_if_finite
 
-    def some(self, epoch, data, index, stats):
-        return [epoch, index] not in updates and update(self, epoch, data, index, stats)
+    def some(algorithm, health, epoch, data, index, stats):
+        skipped = [epoch, index] in updates
+        return not skipped and update(algorithm, health, epoch, data, index, stats)
 
-    GuardedUpdates.__call__ = some
+    gardo.trainer.update_if_finite = some
 
 
 def collapse(epoch: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gardo.run.dump import write_dump
+from gardo.algorithms.dump import write_dump
 
 
 def batch():
