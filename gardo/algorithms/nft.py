@@ -12,7 +12,7 @@ import gardo_kernels as gk
 from gardo.algorithms.reference import RowVelocities, reference_pass, velocity_pass
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.algorithms.update import Algorithm, EpochData, MicroBatch, UpdateStats
-from gardo.config import Config, NFTConfig
+from gardo.config import TRAITS, Config, NFTConfig
 from gardo.models.adapters import BEHAVIOUR, POLICY, REFERENCE
 from gardo.models.base import Schedule
 from gardo.rng import generator
@@ -48,8 +48,7 @@ class NFT(Algorithm):
 
     adapter_names = (POLICY, REFERENCE, BEHAVIOUR)
     sampled_by = BEHAVIOUR
-    noisy = False
-    has_ratios = False
+    traits = TRAITS["nft"]
     extra_forwards = 1
 
     @classmethod

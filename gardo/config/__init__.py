@@ -27,9 +27,11 @@ from gardo.config.schema import (
     SamplingConfig,
     TrainConfig,
 )
+from gardo.config.traits import TRAITS, Traits
 
 __all__ = [
     "RECIPES",
+    "TRAITS",
     "AlgorithmConfig",
     "CheckpointConfig",
     "Config",
@@ -42,6 +44,7 @@ __all__ = [
     "RewardsConfig",
     "SamplingConfig",
     "TrainConfig",
+    "Traits",
     "iter_keys",
     "load_config",
     "recipe_description",
