@@ -189,7 +189,7 @@ class Trainer:
             data = self.algorithm.prepare(rollout, shaped, self.schedule, config.seed, epoch)
         self.runtime.stop_together()
         with stage("update"), self.checkpoints.updates():
-            if self.algorithm.has_ratios:
+            if self.algorithm.traits.ratios:
                 self.parity(rollout, data.steps, self.progress.write)
             stats = UpdateStats(config.algorithm.reset_judged_by)
             updates = config.train.updates_per_epoch

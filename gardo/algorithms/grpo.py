@@ -12,7 +12,7 @@ import gardo_kernels as gk
 from gardo.algorithms.reference import trained_steps
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.algorithms.update import Algorithm, EpochData, MicroBatch
-from gardo.config import Config
+from gardo.config import TRAITS, Config
 from gardo.models.base import Schedule
 from gardo.rng import derive_seed, normal_rows
 from gardo.sampling.rollout import Rollout, Transition, noise_source
@@ -44,8 +44,7 @@ class TrainingData(EpochData):
 class GRPO(Algorithm[TrainingData]):
     """Updates the policy from `TrainingData`: Flow-GRPO (arXiv 2505.05470), with GARDO's KL."""
 
-    noisy = True
-    has_ratios = True
+    traits = TRAITS["grpo"]
 
     @classmethod
     def count_trained_steps(cls, config: Config) -> int:

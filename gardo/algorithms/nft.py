@@ -12,7 +12,7 @@ import gardo_kernels as gk
 from gardo.algorithms.reference import RowVelocities, velocity_pass
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.algorithms.update import Algorithm, EpochData, MicroBatch
-from gardo.config import Config, NFTConfig
+from gardo.config import TRAITS, Config, NFTConfig
 from gardo.models.adapters import BEHAVIOUR, POLICY, REFERENCE
 from gardo.models.base import Schedule
 from gardo.rng import generator
@@ -77,8 +77,7 @@ class NFT(Algorithm[NFTData]):
 
     adapter_names = (POLICY, REFERENCE, BEHAVIOUR)
     sampled_by = BEHAVIOUR
-    noisy = False
-    has_ratios = False
+    traits = TRAITS["nft"]
     extra_forwards = 1
 
     @classmethod

@@ -16,7 +16,7 @@ from gardo.algorithms.reference import RowVelocities, reference_pass
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.algorithms.stats import Loss, UpdateStats
 from gardo.checkpointing.state_tensors import whole
-from gardo.config import AlgorithmConfig, Config, TrainConfig
+from gardo.config import AlgorithmConfig, Config, TrainConfig, Traits
 from gardo.distributed.process import Runtime
 from gardo.models.adapters import POLICY, REFERENCE, Adapters, FullCopies
 from gardo.models.base import Schedule
@@ -70,10 +70,8 @@ class Algorithm(ABC, Generic[Data]):
     adapter_names: ClassVar[tuple[str, ...]] = (POLICY, REFERENCE)
     #: which of them draws the rollouts
     sampled_by: ClassVar[str] = POLICY
-    #: whether rollouts are noisy steps, with log-probs, rather than steps of an ODE
-    noisy: ClassVar[bool]
-    #: whether the loss has the ratio of the policy's probabilities to those of sampling
-    has_ratios: ClassVar[bool]
+    #: what its settings must fit, too: the kind of its steps, whether it has ratios
+    traits: ClassVar[Traits]
     #: forwards of the behaviour policy per sample and trained step, before the updates
     extra_forwards: ClassVar[int] = 0
 
@@ -103,7 +101,7 @@ class Algorithm(ABC, Generic[Data]):
         return step_table(
             schedule,
             device,
-            kind=sampling.sde if cls.noisy else "ode",
+            kind=sampling.sde if cls.traits.noisy else "ode",
             noise_level=sampling.noise_level,
             kl_scale=config.algorithm.kl_scale,
             window=sde_window(sampling, config.seed, epoch),

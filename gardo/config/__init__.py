@@ -26,9 +26,11 @@ from gardo.config.schema import (
     SamplingConfig,
     TrainConfig,
 )
+from gardo.config.traits import TRAITS, Traits
 
 __all__ = [
     "RECIPES",
+    "TRAITS",
     "AlgorithmConfig",
     "CheckpointConfig",
     "Config",
@@ -41,6 +43,7 @@ __all__ = [
     "RewardsConfig",
     "SamplingConfig",
     "TrainConfig",
+    "Traits",
     "iter_keys",
     "load_config",
     "on_resume",

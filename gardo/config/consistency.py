@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from gardo.config.traits import TRAITS
+
 if TYPE_CHECKING:
     from gardo.config.schema import Config
 
@@ -63,28 +65,32 @@ def contradictions(c: Config) -> Iterator[str]:
             "algorithm.kl_reduction: microbatch, which depends on the batch size, is the published "
             "code's; expected gated or batch, or algorithm.compat official"
         )
-    if c.algorithm.name == "nft" and c.algorithm.ratio_norm != "none":
-        yield f"algorithm.ratio_norm: nft has no ratio; expected none, got {c.algorithm.ratio_norm}"
-    if c.algorithm.name == "nft" and c.sampling.same_latent:
+    name, traits = c.algorithm.name, TRAITS[c.algorithm.name]
+    if c.algorithm.ratio_norm != "none" and not traits.ratios:
         yield (
-            "sampling.same_latent: nft adds no noise while sampling, so all samples of a prompt "
-            "would be the same image; expected false"
+            f"algorithm.ratio_norm: {name} has no ratio; expected none, "
+            f"got {c.algorithm.ratio_norm}"
         )
-    if c.algorithm.name == "grpo" and c.sampling.solver != "euler":
+    if c.sampling.same_latent and not traits.noisy:
         yield (
-            "sampling.solver: grpo's rollouts are noisy steps; expected euler, "
+            f"sampling.same_latent: {name} adds no noise while sampling, so all samples of a "
+            "prompt would be the same image; expected false"
+        )
+    if c.sampling.solver != "euler" and traits.noisy:
+        yield (
+            f"sampling.solver: {name}'s rollouts are noisy steps; expected euler, "
             f"got {c.sampling.solver}"
         )
     if c.model.full_finetune and c.precision == "fp16":
         yield "model.full_finetune: expected precision fp32 or bf16, got fp16"
-    for name in c.health.stop_on:
-        if getattr(c.health, name) is None:
-            yield f"health.stop_on: '{name}' is off; expected a threshold for health.{name}"
-        if name == "diversity" and c.rewards.features is None:
+    for alarm in c.health.stop_on:
+        if getattr(c.health, alarm) is None:
+            yield f"health.stop_on: '{alarm}' is off; expected a threshold for health.{alarm}"
+        if alarm == "diversity" and c.rewards.features is None:
             yield "health.stop_on: 'diversity' needs rewards.features, which distances are of"
-        if name in ("ratio", "ratio_mean", "clip_fraction") and c.algorithm.name == "nft":
-            yield f"health.stop_on: nft has no ratio; expected alarms of nft, got '{name}'"
-        if name == "kl" and c.algorithm.kl_coef == 0:
+        if alarm in ("ratio", "ratio_mean", "clip_fraction") and not traits.ratios:
+            yield f"health.stop_on: {name} has no ratio; expected alarms of {name}, got '{alarm}'"
+        if alarm == "kl" and c.algorithm.kl_coef == 0:
             yield "health.stop_on: 'kl' is not measured without algorithm.kl_coef"
     best, every = c.checkpoint.keep_best, c.checkpoint.every
     if best is not None and best.startswith("evaluation/"):

@@ -9,7 +9,7 @@ import pytest
 
 from gardo.algorithms.nft import NFT
 from gardo.algorithms.registry import ALGORITHMS
-from gardo.config import AlgorithmConfig, load_config
+from gardo.config import TRAITS, AlgorithmConfig, load_config
 from gardo.distributed.process import Runtime
 from gardo.models.adapters import POLICY, REFERENCE
 from gardo.plan import plan
@@ -18,8 +18,9 @@ from gardo.trainer import Trainer
 from tests.gardo.test_training import SHORT
 
 
-def test_the_configuration_knows_the_names_of_the_registry():
+def test_the_configuration_knows_the_algorithms_of_the_registry():
     assert get_args(AlgorithmConfig.model_fields["name"].annotation) == tuple(ALGORITHMS)
+    assert {name: algorithm.traits for name, algorithm in ALGORITHMS.items()} == TRAITS
 
 
 class Averaged(NFT):
