@@ -9,7 +9,7 @@ from benchmarks.workload import EPOCH, Workload
 from gardo.algorithms.ema import EMA
 from gardo.algorithms.grpo import GRPO
 from gardo.algorithms.shaping import Shaper
-from gardo.algorithms.update import UpdateStats
+from gardo.algorithms.stats import UpdateStats
 from gardo.models.adapters import POLICY
 from gardo.rewards.scoring import ScoreBook
 from gardo.sampling.graph import GraphedTrajectories, use_graphs

@@ -15,7 +15,7 @@ from benchmarks.workload import Workload
 from gardo.algorithms.grpo import GRPO, TrainingData
 from gardo.algorithms.reference import reference_pass
 from gardo.algorithms.shaping import ShapedEpoch, Shaper
-from gardo.algorithms.update import UpdateStats
+from gardo.algorithms.stats import UpdateStats
 from gardo.models.adapters import POLICY
 from gardo.rewards.scoring import ScoreBook
 from gardo.rng import derive_seed

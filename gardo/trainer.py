@@ -16,7 +16,8 @@ from gardo.algorithms.nft import NFT
 from gardo.algorithms.nonfinite import update_if_finite
 from gardo.algorithms.parity import check_parity, ratio_deviation
 from gardo.algorithms.shaping import Shaper
-from gardo.algorithms.update import Algorithm, UpdateStats
+from gardo.algorithms.stats import UpdateStats
+from gardo.algorithms.update import Algorithm
 from gardo.checkpointing.checkpoint import TrainingState
 from gardo.checkpointing.policy import CheckpointPolicy
 from gardo.checkpointing.resume import ResumePoint, reopen

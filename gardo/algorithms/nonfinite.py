@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from gardo.algorithms.postmortem import write_postmortem
-from gardo.algorithms.update import Algorithm, Data, UpdateStats
+from gardo.algorithms.stats import UpdateStats
+from gardo.algorithms.update import Algorithm, Data
 from gardo.run.health import Health, Outcome
 from gardo.types import UserError
 

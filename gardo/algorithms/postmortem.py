@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from gardo.algorithms.dump import write_dump
-from gardo.algorithms.update import Algorithm, Data, Loss, MicroBatch
+from gardo.algorithms.stats import Loss
+from gardo.algorithms.update import Algorithm, Data, MicroBatch
 from gardo.distributed.process import Runtime
 from gardo.run.health import Health, Outcome
 

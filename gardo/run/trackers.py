@@ -91,9 +91,9 @@ class Trackers:
             if isinstance(value, int | float) and key != "epoch"
         }
         for name in list(self._trackers):
-            self._guarded(name, lambda tracker: tracker.log(values, step=row["epoch"]))
+            self._or_leave_out(name, lambda tracker: tracker.log(values, step=row["epoch"]))
 
-    def _guarded(self, name: str, use: Callable[[Any], None]) -> None:
+    def _or_leave_out(self, name: str, use: Callable[[Any], None]) -> None:
         try:
             use(self._trackers[name])
         except _errors(name) as error:
@@ -103,7 +103,7 @@ class Trackers:
     def close(self) -> None:
         """Write what is buffered; closing twice is fine."""
         for name in list(self._trackers):
-            self._guarded(name, lambda tracker: tracker.finish())
+            self._or_leave_out(name, lambda tracker: tracker.finish())
         self._trackers = {}
 
     def __enter__(self) -> Trackers:

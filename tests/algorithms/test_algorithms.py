@@ -12,7 +12,7 @@ import gardo_kernels as gk
 from gardo.algorithms.grpo import GRPO, TrainingData
 from gardo.algorithms.reference import reference_pass, trained_steps
 from gardo.algorithms.shaping import ShapedEpoch, Shaper
-from gardo.algorithms.update import UpdateStats
+from gardo.algorithms.stats import UpdateStats
 from gardo.config import load_config
 from gardo.distributed.process import Runtime
 from gardo.models.adapters import POLICY

@@ -18,7 +18,7 @@ from gardo.algorithms.grpo import (
 )
 from gardo.algorithms.reference import reference_pass
 from gardo.algorithms.shaping import Shaper
-from gardo.algorithms.update import UpdateStats
+from gardo.algorithms.stats import UpdateStats
 from gardo.config import load_config
 from gardo.distributed.process import Runtime
 from gardo.models.adapters import POLICY
@@ -94,7 +94,7 @@ def test_methods(tmp_path, name, algorithm):
 
 
 @pytest.mark.parametrize(
-    ("gate", "static", "diversity", "norm", "guard"),
+    ("gate", "static", "diversity", "norm", "ratio_norm"),
     [
         c
         for n, c in enumerate(
@@ -109,12 +109,12 @@ def test_methods(tmp_path, name, algorithm):
         if n % 13 == 0  # of 96: every value of every part
     ],
 )
-def test_combinations(tmp_path, gate, static, diversity, norm, guard):
+def test_combinations(tmp_path, gate, static, diversity, norm, ratio_norm):
     changes = {
         "algorithm.gate.mode": gate,
         "algorithm.diversity": str(diversity).lower(),
         "algorithm.advantage_norm": norm,
-        "algorithm.ratio_norm": guard,
+        "algorithm.ratio_norm": ratio_norm,
         **(STATIC if static else {"algorithm.reference.reset_every": "1"}),
     }
     row = one_epoch(tmp_path / "run", **changes)
@@ -236,7 +236,7 @@ def test_noise_of_the_rollout_is_drawn_again(rollout, make_sampler):
         torch.testing.assert_close(rollout.latents[step + 1], prev, rtol=0, atol=1e-4)
 
 
-def test_guarded_gradient_is_that_of_the_reweighted_policy_gradient(
+def test_gradient_of_the_normalised_ratio_is_that_of_the_reweighted_policy_gradient(
     config, adapters, make_sampler, rollout, model
 ):
     """On policy: grad of mean(-A * z . mean) / -dt, plus the KL's, which is not reweighted."""

@@ -16,7 +16,7 @@ from gardo.algorithms.adaptive_reference import AdaptiveReference
 from gardo.algorithms.grpo import GRPO, TrainingData
 from gardo.algorithms.reference import reference_pass
 from gardo.algorithms.shaping import ShapedEpoch, Shaper
-from gardo.algorithms.update import UpdateStats
+from gardo.algorithms.stats import UpdateStats
 from gardo.config import load_config
 from gardo.distributed.process import Runtime
 from gardo.models.adapters import POLICY

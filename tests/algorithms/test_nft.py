@@ -18,7 +18,8 @@ from gardo.algorithms.nft import (
     refuse_guidance,
 )
 from gardo.algorithms.reference import RowVelocities
-from gardo.algorithms.update import MicroBatch, UpdateStats
+from gardo.algorithms.stats import UpdateStats
+from gardo.algorithms.update import MicroBatch
 from gardo.config import NFTConfig, load_config
 from gardo.distributed.process import Runtime
 from gardo.models.adapters import BEHAVIOUR, POLICY, REFERENCE, build_adapters

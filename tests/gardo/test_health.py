@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from gardo.algorithms.nonfinite import update_if_finite
-from gardo.algorithms.update import UpdateStats
+from gardo.algorithms.stats import UpdateStats
 from gardo.config import load_config
 from gardo.distributed.process import Runtime
 from gardo.run.health import Outcome
