@@ -72,9 +72,9 @@ def operator(
     if gradient is None:
 
         def call(backend: str, *operands: Any) -> Any:
-            if _is_plain(operands[0]):
-                return run(backend, *operands)
-            return registered(backend, *(_detached(value) for value in operands))
+            if torch.is_grad_enabled():
+                operands = tuple(map(_detached, operands))
+            return (run if _is_plain(operands[0]) else registered)(backend, *operands)
 
         return call
 

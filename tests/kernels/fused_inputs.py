@@ -25,6 +25,8 @@ BACKENDS = [
         ),
     ),
 ]
+#: Of the ops on rewards.
+REWARD_BACKENDS = ["reference", BACKENDS[0]]
 # A row of one element, odd rows, an empty batch, SD3, video and packed Flux latents, rows that
 # take several tiles and several programs.
 SHAPES = [

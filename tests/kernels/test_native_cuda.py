@@ -1,4 +1,4 @@
-"""The CUDA `shape_rewards` and `win_rate` against the reference.
+"""The CUDA advantages, gates and win rates against the reference.
 
 Without a GPU their logic is tested by running the kernels on a CPU: `make asan`
 (csrc/tests/cuda_emulation.cpp).
@@ -53,6 +53,24 @@ def test_matches_the_reference(cuda: torch.device, samples: int, num_aux: int) -
         for value, repeated, expected in zip(got, again, want, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
             assert torch.equal(value, repeated)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("samples", [0, 1, 33, 1152, 4096, 4097, 9216])
+@pytest.mark.parametrize("num_aux", [0, 2, 17])
+def test_every_gate_matches_the_reference(cuda: torch.device, samples: int, num_aux: int) -> None:
+    proxy, aux, ids, distance = case(samples, num_aux, cuda)
+    choices = (("over", "under"), ("half", "ordinal"), ("all", "nonnegative"), SCOPES)
+    for options in itertools.product(*choices):
+        got = gk.gate_samples(proxy, aux, ids, 0.1, *options, backend="native")
+        want = gk.gate_samples(proxy, aux, ids, 0.1, *options, backend="reference")
+        for value, expected in zip(got, want, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
+    for norm, scale in itertools.product(NORMS, ("group_mean", "raw")):
+        rewards = (proxy, ids, distance, norm, scale)
+        value = gk.group_advantages(*rewards, backend="native")
+        expected = gk.group_advantages(*rewards, backend="reference")
+        torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.gpu

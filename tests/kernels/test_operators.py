@@ -84,9 +84,11 @@ def test_shaping_is_an_operator(backend):
     g = torch.Generator().manual_seed(0)
     proxy, aux, features = (torch.randn(*s, generator=g) for s in ((12,), (2, 12), (12, 5)))
     ids = torch.arange(12) % 3
-    ops = torch.ops.gardo
-    arguments = (proxy.double(), aux.double(), ids, None, 0.1, None, "none", "paper", "batch")
-    torch.library.opcheck(ops.shape_rewards.default, (backend, *arguments))
+    ops, wide = torch.ops.gardo, (proxy.double(), aux.double())
+    gate = (*wide, ids, 0.1, None, "over", "half", "all", "group")
+    torch.library.opcheck(ops.gate_samples.default, (backend, *gate))
+    advantages = (wide[0], ids, None, "none", "group_mean")
+    torch.library.opcheck(ops.group_advantages.default, (backend, *advantages))
     torch.library.opcheck(ops.nearest_neighbor_distance.default, (backend, features, ids))
 
     def shape(proxy, features):

@@ -112,7 +112,7 @@ def grpo_loss(
         float(guidance_scale),
     )
     if chosen == "reference":
-        loss, *rest = reference.grpo_loss(*ordinary(operands), dtype=dtype)
+        loss, *rest = reference.grpo_loss(*ordinary((*operands, dtype)))
         return GRPOLoss(loss, *(value.detach() for value in rest))
     loss, stats, log_prob, ratio, _, _ = fused.grpo_loss(chosen, *operands)
     policy_loss, kl, clip_fraction = stats.unbind()

@@ -105,7 +105,7 @@ def nft_loss(
         float(kl_coef),
     )
     if chosen == "reference":
-        loss, policy_loss, kl = reference.nft_loss(*ordinary(operands), dtype=dtype)
+        loss, policy_loss, kl = reference.nft_loss(*ordinary((*operands, dtype)))
     else:
         loss, stats, _ = fused.nft_loss(chosen, *operands)
         policy_loss, kl = stats.unbind()

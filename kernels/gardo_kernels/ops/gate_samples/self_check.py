@@ -1,4 +1,4 @@
-"""Shaping of an epoch of 48 prompts of 24 images, for ``python -m gardo_kernels``."""
+"""The gate of an epoch of 48 prompts of 24 images, for ``python -m gardo_kernels``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def checks(
     rewards = normal(3, 1152)
     ids = torch.arange(1152, device=rewards.device) % 48
 
-    def shape(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        out = gk.shape_rewards(rewards[0], rewards[1:], ids, backend=backend)
-        return out.advantage, out.uncertainty, out.gate.to(torch.float32)
+    def gate(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        out = gk.gate_samples(rewards[0], rewards[1:], ids, 0.1, backend=backend)
+        return out.uncertainty, out.gate.to(torch.float32), out.threshold
 
-    return {"shape_rewards": shape}
+    return {"gate_samples": gate}
