@@ -130,11 +130,6 @@ class Checkpoint:
         for name in self.files:
             self.read(name)
 
-    @property
-    def config_text(self) -> str:
-        """The configuration of the run, as YAML."""
-        return self.read("config.yaml").decode("utf-8")
-
     def load(self) -> TrainingState:
         """Read everything; DamagedCheckpoint as in `verify`."""
         import safetensors

@@ -24,11 +24,6 @@ class Summary:
     std: float
     count: int
 
-    @property
-    def standard_error(self) -> float:
-        """Standard error of the mean, ``std / sqrt(count)``."""
-        return self.std / math.sqrt(self.count) if self.count else math.nan
-
 
 def summarize(values: Tensor) -> Summary:
     """Mean and standard deviation of ``[N]`` values in float64; non-finite ones are left out."""

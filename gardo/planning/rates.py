@@ -60,11 +60,6 @@ DEFAULT_GPU = "h100"
 _BY_MEMORY = ("rtx4090", "rtx5090", "a100-40gb", "l40s", "h100", "h200", "b200")
 
 
-def gpu_names() -> list[str]:
-    """Names of the tabulated GPUs, smallest memory first."""
-    return list(_GPUS)
-
-
 def find_gpu(name: str | None, memory: float | None) -> GPU:
     """A GPU by name, else the commonest of that memory or more, else the default.
 

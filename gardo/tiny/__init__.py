@@ -11,8 +11,3 @@ from pathlib import Path
 def pipeline_path() -> Path:
     """Folder of the shipped ``StableDiffusion3Pipeline``."""
     return Path(__file__).resolve().parent / "pipeline"
-
-
-def judge_path() -> Path:
-    """Folder of the shipped judge, a small classifier of count and shape."""
-    return Path(__file__).resolve().parent / "judge"

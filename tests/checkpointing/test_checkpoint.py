@@ -39,7 +39,7 @@ def test_what_was_saved_is_loaded_to_the_bit(tmp_path):
     checkpoint = Checkpoint.open(path)
     loaded = checkpoint.load()
     assert (path.name, checkpoint.epoch, checkpoint.score) == ("epoch_0007", 7, 0.25)
-    assert checkpoint.config_text == "seed: 1\n"
+    assert checkpoint.read("config.yaml") == b"seed: 1\n"
     assert loaded.values == state(7).values
     assert loaded.tensors.keys() == state(7).tensors.keys()
     for group, tensors in state(7).tensors.items():
@@ -144,7 +144,7 @@ def test_an_epoch_is_saved_anew(tmp_path):
     folder.save(state(1), "old")
     (tmp_path / "epoch_0001" / "policy.safetensors").write_bytes(b"")
     folder.save(state(1), "new")
-    assert folder.newest(print).config_text == "new"
+    assert folder.newest(print).read("config.yaml") == b"new"
     assert names(tmp_path) == ["epoch_0001"]
 
 

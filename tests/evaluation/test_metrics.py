@@ -114,9 +114,7 @@ def test_summary() -> None:
     assert summary.count == 4
     assert summary.mean == pytest.approx(3)
     assert summary.std == pytest.approx(math.sqrt(14 / 3))  # squares 4 + 1 + 0 + 9
-    assert summary.standard_error == pytest.approx(math.sqrt(14 / 3) / 2)
     assert summarize(torch.tensor([5.0])).std == 0
     empty = summarize(torch.tensor([torch.nan]))
     assert empty.count == 0
     assert math.isnan(empty.mean)
-    assert math.isnan(empty.standard_error)
