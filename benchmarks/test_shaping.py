@@ -61,6 +61,29 @@ def test_shape_rewards_alone(measure, device, samples):
     )
 
 
+@pytest.mark.parametrize("samples", [1152, 9216])
+def test_group_advantages(measure, device, samples):
+    _, (_, rewards, ids) = epoch(samples, device)
+    measure(
+        lambda: gk.group_advantages(rewards[0], ids, rewards[1].abs(), "group_std"),
+        f"group_advantages, N={samples}",
+        "ours",
+        4 * samples * 8,
+    )
+
+
+@pytest.mark.parametrize("samples", [1152, 9216])
+@pytest.mark.parametrize("scope", ["batch", "group"])
+def test_gate_samples(measure, device, samples, scope):
+    _, (_, rewards, ids) = epoch(samples, device)
+    measure(
+        lambda: gk.gate_samples(rewards[0], rewards[1:], ids, 0.1, scope=scope),
+        f"gate_samples by {scope}, N={samples}",
+        "ours",
+        rewards.numel() * 8,
+    )
+
+
 # Comparing all pairs of 9216 takes the CPU seconds a call.
 @pytest.mark.parametrize(("samples", "how"), [(1152, "eager"), (1152, "ours"), (9216, "ours")])
 def test_win_rate(measure, device, samples, how):

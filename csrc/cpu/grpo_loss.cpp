@@ -78,17 +78,17 @@ void grpo_loss_cpu(const GrpoLossParams& p) {
     p.alpha[row] = term.gradient == 0.0f ? 0.0f : static_cast<float>(term.gradient * slope / batch);
     p.beta[row] = 0.0f;
     if (gated(row)) {
-      const double weight = p.kl_weight[row];
+      const double weight = p.coef.kl[row];
       kl += weight * kl_squares.total(row) / size;
       p.beta[row] = static_cast<float>(p.kl_coef * weight * 2.0 / (size * kl_rows));
     }
   }
   policy /= batch;
   kl /= kl_rows;
-  *p.policy_loss = static_cast<float>(policy);
-  *p.kl = static_cast<float>(kl);
+  p.stats[0] = static_cast<float>(policy);
+  p.stats[1] = static_cast<float>(kl);
   *p.loss = static_cast<float>(policy + p.kl_coef * kl);
-  *p.clip_fraction = static_cast<float>(static_cast<double>(clipped) / batch);
+  p.stats[2] = static_cast<float>(static_cast<double>(clipped) / batch);
 }
 
 }  // namespace gardo

@@ -117,14 +117,14 @@ GARDO_CLONES void nft_gradient(NftBlock<BFloat16> block, float by_positive, floa
 }
 
 template <typename V>
-void gradient_blocks(const NftBackwardParams& p) {
+void gradient_blocks(const NftGradParams& p) {
   const NftTensors& t = p.tensors;
   for_each_block<Order::kBackward>(t.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n,
                                                  int64_t, Scratch& s) {
-    const float by_kl = t.ref_velocity.data == nullptr ? 0.0f : p.grad_kl[row];
+    const float by_kl = t.ref_velocity.data == nullptr ? 0.0f : p.weights[2 * t.extent.rows + row];
     const V* ref = by_kl == 0.0f ? nullptr : load_velocity<V>(t.ref_velocity, offset, n, s.in[4]);
     V* grad = velocity_target<V>(p.grad_velocity, offset, s.out[0]);
-    nft_gradient(load_nft<V>(t, row, offset, n, s), p.grad_positive[row], p.grad_negative[row],
+    nft_gradient(load_nft<V>(t, row, offset, n, s), p.weights[row], p.weights[t.extent.rows + row],
                  by_kl, ref, grad);
     store_velocity(grad, p.grad_velocity, offset, n);
   });
@@ -184,22 +184,22 @@ void nft_loss_cpu(const NftLossParams& p) {
     policy += p.adv_clip * (r * positive.loss + (1.0 - r) * negative.loss) / t.beta;
     // d e+/dv = -t*beta, d e-/dv = t*beta; the 1/beta of the loss cancels.
     const double per_sign = p.adv_clip * static_cast<double>(t.t[row]) / batch;
-    p.grad_positive[row] = static_cast<float>(-per_sign * r * positive.slope);
-    p.grad_negative[row] = static_cast<float>(per_sign * (1.0 - r) * negative.slope);
-    p.grad_kl[row] = 0.0f;
+    p.weights[row] = static_cast<float>(-per_sign * r * positive.slope);
+    p.weights[rows + row] = static_cast<float>(per_sign * (1.0 - r) * negative.slope);
+    p.weights[2 * rows + row] = 0.0f;
     if (gated(row)) {
       kl += kl_squares.total(row) / size;
-      p.grad_kl[row] = static_cast<float>(p.kl_coef * 2.0 / (size * kl_rows));
+      p.weights[2 * rows + row] = static_cast<float>(p.kl_coef * 2.0 / (size * kl_rows));
     }
   }
   policy /= batch;
   kl /= kl_rows;
-  *p.policy_loss = static_cast<float>(policy);
-  *p.kl = static_cast<float>(kl);
+  p.stats[0] = static_cast<float>(policy);
+  p.stats[1] = static_cast<float>(kl);
   *p.loss = static_cast<float>(policy + p.kl_coef * kl);
 }
 
-void nft_backward_cpu(const NftBackwardParams& p) {
+void nft_grad_cpu(const NftGradParams& p) {
   prefer_huge_pages(p.grad_velocity, p.tensors.extent);
   const NftTensors& t = p.tensors;
   with_velocity_type(

@@ -40,7 +40,7 @@ void add_squares(const SdeLogProbParams& p, RowSums& squares) {
 }
 
 template <typename V>
-void gradient_blocks(const AffineBackwardParams& p) {
+void gradient_blocks(const VelocityGradParams& p) {
   const bool guided = p.velocity.uncond.data != nullptr;
   for_each_block<Order::kBackward>(p.extent, [&](int64_t row, int64_t offset, int64_t, int64_t n,
                                                  int64_t, Scratch& s) {
@@ -85,7 +85,7 @@ void sde_log_prob_cpu(const SdeLogProbParams& p) {
   }
 }
 
-void affine_backward_cpu(const AffineBackwardParams& p) {
+void velocity_grad_cpu(const VelocityGradParams& p) {
   prefer_huge_pages(p.grad_velocity, p.extent);
   prefer_huge_pages(p.grad_velocity_uncond, p.extent);
   with_velocity_type({p.velocity.cond,

@@ -55,6 +55,10 @@ inline void sort_pairs(void* cub, std::size_t bytes, const Key* keys_in, Key* ke
   check(cub::DeviceRadixSort::SortPairs(cub, bytes, keys_in, keys_out, in, out, n, 0, 64, stream));
 }
 
+__host__ __device__ inline Key group_key(std::int64_t group) {
+  return static_cast<Key>(group) ^ (Key{1} << 63);
+}
+
 __device__ inline Key key_of(double value) {
   const Key raw = static_cast<Key>(__double_as_longlong(value + 0.0));  // -0 becomes 0
   return raw >> 63 != 0 ? ~raw : raw | (Key{1} << 63);
@@ -90,7 +94,23 @@ __device__ inline Index position() {
 }
 
 __device__ inline double value_of(Key key) {
-  return __longlong_as_double(static_cast<long long>(key ^ (Key{1} << 63)));
+  const Key raw = key >> 63 != 0 ? key ^ (Key{1} << 63) : ~key;
+  return __longlong_as_double(static_cast<long long>(raw));
+}
+
+// Sum over a block in a fixed order, given to all its threads.
+template <typename T>
+__device__ T block_sum(T value) {
+  __shared__ T sums[kThreads];
+  sums[threadIdx.x] = value;
+  __syncthreads();
+  for (int step = kThreads / 2; step > 0; step /= 2) {
+    if (static_cast<int>(threadIdx.x) < step) sums[threadIdx.x] += sums[threadIdx.x + step];
+    __syncthreads();
+  }
+  const T total = sums[0];
+  __syncthreads();
+  return total;
 }
 
 // to[q] = from[at[q]]

@@ -72,7 +72,7 @@ __global__ void prepare(const WinRateParams p, Workspace w) {
   const Index i = sorted::position();
   if (i >= p.num_samples) return;
   w.iota[i] = i;
-  w.group_key[i] = p.groups == nullptr ? 0 : static_cast<Key>(p.groups[i]) ^ (Key{1} << 63);
+  w.group_key[i] = p.groups == nullptr ? 0 : sorted::group_key(p.groups[i]);
 }
 
 __global__ void reward_keys(const WinRateParams p, Workspace w, const double* rewards) {

@@ -1,4 +1,4 @@
-// Forward pass of the GRPO loss with gated KL; its backward pass is affine_backward_cpu.
+// Forward pass of the GRPO loss with gated KL; its backward pass is velocity_grad_cpu.
 #pragma once
 
 #include "sde_step.h"
@@ -14,7 +14,6 @@ struct GrpoLossParams {
   ConstLatents prev_sample;
   ConstLatents ref_velocity;  // null data: no KL; ungated rows are not read
   SdeCoefficients coef;
-  RowScalar kl_weight;        // KL = kl_weight * mean_over_row((v - v_ref)^2)
   const float* old_log_prob;  // [B]
   const float* advantage;     // [B]
   const std::uint8_t* gate;   // [B], or null: every row is gated
@@ -23,14 +22,12 @@ struct GrpoLossParams {
   float kl_coef;
   KlReduction kl_reduction;
 
-  float* loss;           // out [1]
-  float* policy_loss;    // out [1]
-  float* kl;             // out [1]
-  float* clip_fraction;  // out [1]
-  float* log_prob;       // out [B]
-  float* ratio;          // out [B]
-  float* alpha;          // out [B], for affine_backward_cpu, d loss = 1
-  float* beta;           // out [B]
+  float* loss;      // out [1]
+  float* stats;     // out [3]: policy loss, KL, clip fraction
+  float* log_prob;  // out [B]
+  float* ratio;     // out [B]
+  float* alpha;     // out [B], for velocity_grad_cpu, d loss = 1
+  float* beta;      // out [B]
 };
 
 void grpo_loss_cpu(const GrpoLossParams& params);

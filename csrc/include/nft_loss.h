@@ -22,25 +22,20 @@ struct NftLossParams {
   float adv_clip;
   float kl_coef;
 
-  float* loss;           // out [1]
-  float* policy_loss;    // out [1]
-  float* kl;             // out [1]
-  float* grad_positive;  // out [B]: d loss/dv = grad_positive * e+ + grad_negative * e-
-  float* grad_negative;  // out [B]                + grad_kl * (v - v_ref)
-  float* grad_kl;        // out [B]
+  float* loss;     // out [1]
+  float* stats;    // out [2]: policy loss, KL
+  float* weights;  // out [3, B]: d loss/dv = w[0] * e+ + w[1] * e- + w[2] * (v - v_ref)
 };
 
 void nft_loss_cpu(const NftLossParams& params);
 
-struct NftBackwardParams {
+struct NftGradParams {
   NftTensors tensors;
-  const float* grad_positive;  // [B]
-  const float* grad_negative;  // [B]
-  const float* grad_kl;        // [B]; rows with 0 do not read ref_velocity
+  const float* weights;  // [3, B]; rows whose third weight is 0 do not read ref_velocity
 
   Latents grad_velocity;  // out [B, row_size]
 };
 
-void nft_backward_cpu(const NftBackwardParams& params);
+void nft_grad_cpu(const NftGradParams& params);
 
 }  // namespace gardo

@@ -8,7 +8,8 @@ namespace gardo {
 // mean = a*x + b*v,  prev = mean + c*z,
 // log_prob = offset - scale * mean_over_row((prev - mean)^2).
 struct SdeCoefficients {
-  RowScalar a, b, c, scale, offset;  // c is used by the step alone
+  RowScalar a, b, c, scale, offset;
+  RowScalar kl;  // KL = kl * mean_over_row((v - v_ref)^2)
 };
 
 struct SdeStepParams {
@@ -44,7 +45,7 @@ void sde_log_prob_cpu(const SdeLogProbParams& params);
 
 // d/dv of a function of log-probabilities and of a KL is affine in the same tensors:
 // alpha * (prev - a*x - b*v) + beta * (v - v_ref), row by row, with the weights times `grad`.
-struct AffineBackwardParams {
+struct VelocityGradParams {
   Extent extent;
   Velocity velocity;
   ConstLatents sample;
@@ -59,6 +60,6 @@ struct AffineBackwardParams {
   Latents grad_velocity_uncond;  // out [B, row_size]; with guidance only
 };
 
-void affine_backward_cpu(const AffineBackwardParams& params);
+void velocity_grad_cpu(const VelocityGradParams& params);
 
 }  // namespace gardo

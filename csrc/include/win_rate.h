@@ -19,7 +19,7 @@ struct WinRateParams {
 
 void win_rate_cpu(const WinRateParams& params);
 
-// As ShapeRewardsCudaParams: device memory, enqueued on `stream`, capturable.
+// As GroupAdvantagesCudaParams: device memory, enqueued on `stream`, capturable.
 struct WinRateCudaParams {
   WinRateParams common;
   void* workspace;  // win_rate_cuda_workspace(N) bytes, 256-byte aligned

@@ -1,6 +1,7 @@
 // Runs the CUDA kernels on the CPU (see cuda_shim/) and compares them with the CPU kernels, which
 // the Python tests compare with the float64 reference.
-#include "../cuda/shape_rewards.cu"
+#include "../cuda/gate_samples.cu"
+#include "../cuda/group_advantages.cu"
 #include "../cuda/win_rate.cu"
 
 #include <cmath>
@@ -13,8 +14,11 @@
 namespace {
 
 using gardo::AdvantageNorm;
-using gardo::GateMode;
+using gardo::DiversityScale;
 using gardo::RankScope;
+using gardo::ShareOf;
+using gardo::Side;
+using gardo::Ties;
 
 struct Case {
   std::vector<double> proxy, aux, distance;
@@ -38,96 +42,124 @@ Case random_case(std::int64_t n, std::int64_t num_aux, std::int64_t num_groups, 
   return c;
 }
 
-struct Result {
-  std::vector<double> advantage, uncertainty;
-  std::vector<std::uint8_t> gate;
-  double threshold = std::nan(""), mean_uncertainty = std::nan("");
-};
-
-gardo::ShapeRewardsParams bind(const Case& c, Result& r) {
-  const std::size_t n = c.proxy.size();
-  r.advantage.assign(n, std::nan(""));
-  r.uncertainty.assign(n, std::nan(""));
-  r.gate.assign(n, 77);
-  gardo::ShapeRewardsParams p{};
-  p.proxy = c.proxy.data();
-  p.aux = c.aux.data();
-  p.groups = c.groups.data();
-  p.distance = c.distance.data();
-  p.num_samples = static_cast<std::int64_t>(n);
-  p.num_aux = n == 0 ? 0 : static_cast<std::int64_t>(c.aux.size() / n);
-  p.num_threads = 1;
-  p.advantage = r.advantage.data();
-  p.uncertainty = r.uncertainty.data();
-  p.gate = r.gate.data();
-  p.threshold = &r.threshold;
-  p.mean_uncertainty = &r.mean_uncertainty;
-  return p;
-}
-
 bool same(double a, double b) {
   return std::fabs(a - b) <= 1e-12 * (1 + std::fabs(b));
 }
 
-bool equal(const Result& a, const Result& b) {
-  bool ok = same(a.threshold, b.threshold) && same(a.mean_uncertainty, b.mean_uncertainty);
-  for (std::size_t i = 0; i < a.gate.size(); ++i) {
-    ok = ok && same(a.advantage[i], b.advantage[i]) && a.uncertainty[i] == b.uncertainty[i] &&
-         a.gate[i] == b.gate[i];
-  }
+bool same(const std::vector<double>& a, const std::vector<double>& b) {
+  bool ok = a.size() == b.size();
+  for (std::size_t i = 0; ok && i < a.size(); ++i) ok = same(a[i], b[i]);
   return ok;
 }
 
 enum class Kernel { kOneLaunch, kSorted };
 
-// Emulation is slow, so all combinations of the options are tried at one size only.
-int compare(std::int64_t n, std::int64_t num_aux, std::int64_t groups, Kernel kernel,
-            bool all_options = false) {
-  const bool sorted = kernel == Kernel::kSorted;
+int compare_advantages(std::int64_t n, std::int64_t groups, Kernel kernel) {
+  const Case c = random_case(n, 0, groups, static_cast<unsigned>(n));
   int failures = 0;
-  const Case c = random_case(n, num_aux, groups, static_cast<unsigned>(n + 7 * num_aux));
   for (const auto norm :
        {AdvantageNorm::kNone, AdvantageNorm::kGroupStd, AdvantageNorm::kGlobalStd}) {
-    for (const auto mode :
-         {GateMode::kPaper, GateMode::kOfficial, GateMode::kAll, GateMode::kOff}) {
-      for (const auto scope : {RankScope::kBatch, RankScope::kGroup}) {
-        for (const bool with_distance : {false, true}) {
-          if (!all_options && (norm != AdvantageNorm::kGroupStd || !with_distance)) continue;
-          if (!all_options && (mode == GateMode::kAll || mode == GateMode::kOff)) continue;
-          Result want, got;
-          gardo::ShapeRewardsParams cpu = bind(c, want);
-          gardo::ShapeRewardsCudaParams gpu{};
-          gpu.common = bind(c, got);
-          const double fraction = 0.3;
-          for (gardo::ShapeRewardsParams* p : {&cpu, &gpu.common}) {
-            p->advantage_norm = norm;
-            p->gate_mode = mode;
-            p->scope = scope;
-            if (!with_distance) p->distance = nullptr;
-          }
-          cpu.fraction = fraction;
-          gpu.common.fraction = with_distance ? -1.0 : fraction;
-          gpu.device_fraction = with_distance ? &fraction : nullptr;
-          std::vector<char> workspace(sorted ? gardo::sorted::workspace_bytes(n)
-                                             : gardo::shape_rewards_cuda_workspace(n, num_aux),
-                                      0x5a);
-          gpu.workspace = workspace.data();
-          gpu.workspace_size = static_cast<std::int64_t>(workspace.size());
-          gardo::shape_rewards_cpu(cpu);
-          if (sorted) {
-            gardo::sorted::shape(gpu);
-          } else {
-            gardo::shape_rewards_cuda(gpu);
-          }
-          if (equal(got, want)) continue;
-          ++failures;
-          std::fprintf(stderr, "FAILED: n=%lld aux=%lld norm=%d gate=%d scope=%d distance=%d %s\n",
-                       static_cast<long long>(n), static_cast<long long>(num_aux),
-                       static_cast<int>(norm), static_cast<int>(mode), static_cast<int>(scope),
-                       with_distance, sorted ? "sorted" : "one launch");
+    for (const auto scale : {DiversityScale::kGroupMean, DiversityScale::kRaw}) {
+      for (const bool with_distance : {false, true}) {
+        std::vector<double> want(n, std::nan("")), got(n, std::nan(""));
+        gardo::GroupAdvantagesParams cpu{};
+        cpu.proxy = c.proxy.data();
+        cpu.groups = c.groups.data();
+        cpu.distance = with_distance ? c.distance.data() : nullptr;
+        cpu.num_samples = n;
+        cpu.norm = norm;
+        cpu.diversity_scale = scale;
+        cpu.num_threads = 1;
+        cpu.advantage = want.data();
+        gardo::group_advantages_cpu(cpu);
+        gardo::GroupAdvantagesCudaParams gpu{};
+        gpu.common = cpu;
+        gpu.common.advantage = got.data();
+        gardo::sorted::Pieces pieces(nullptr);
+        gardo::advantages::divide(pieces, n);
+        std::vector<char> workspace(pieces.used(), 0x5a);
+        gpu.workspace = workspace.data();
+        gpu.workspace_size = static_cast<std::int64_t>(workspace.size());
+        if (kernel == Kernel::kSorted) {
+          gardo::advantages::by_sorting(gpu);
+        } else {
+          gardo::group_advantages_cuda(gpu);
         }
+        if (same(got, want)) continue;
+        ++failures;
+        std::fprintf(stderr, "FAILED: advantages n=%lld norm=%d scale=%d distance=%d %s\n",
+                     static_cast<long long>(n), static_cast<int>(norm), static_cast<int>(scale),
+                     with_distance, kernel == Kernel::kSorted ? "sorted" : "one launch");
       }
     }
+  }
+  return failures;
+}
+
+struct Gated {
+  std::vector<double> uncertainty, threshold;
+  std::vector<std::uint8_t> gate;
+  double mean = std::nan("");
+};
+
+void bind(const Case& c, gardo::GateSamplesParams& p, Gated& r) {
+  const std::size_t n = c.proxy.size();
+  r.uncertainty.assign(n, std::nan(""));
+  r.threshold.assign(gardo::has_group_thresholds(p) ? n : 1, std::nan(""));
+  r.gate.assign(n, 77);
+  p.proxy = c.proxy.data();
+  p.aux = c.aux.data();
+  p.groups = c.groups.data();
+  p.num_samples = static_cast<std::int64_t>(n);
+  p.num_aux = n == 0 ? 0 : static_cast<std::int64_t>(c.aux.size() / n);
+  p.num_threads = 1;
+  p.uncertainty = r.uncertainty.data();
+  p.gate = r.gate.data();
+  p.threshold = r.threshold.data();
+  p.mean_uncertainty = &r.mean;
+}
+
+// Emulation is slow, so all combinations of the options are tried at one size only.
+int compare_gates(std::int64_t n, std::int64_t num_aux, std::int64_t groups, Kernel kernel,
+                  bool all_options = false) {
+  const Case c = random_case(n, num_aux, groups, static_cast<unsigned>(n + 7 * num_aux));
+  const double fraction = 0.3;
+  int failures = 0;
+  for (int options = 0; options < 16; ++options) {
+    gardo::GateSamplesParams cpu{};
+    cpu.side = static_cast<Side>(options & 1);
+    cpu.ties = static_cast<Ties>(options >> 1 & 1);
+    cpu.share_of = static_cast<ShareOf>(options >> 2 & 1);
+    cpu.scope = static_cast<RankScope>(options >> 3 & 1);
+    cpu.fraction = fraction;
+    if (!all_options && cpu.side != Side::kOver && cpu.ties != Ties::kOrdinal) continue;
+    Gated want, got;
+    bind(c, cpu, want);
+    gardo::gate_samples_cpu(cpu);
+    gardo::GateSamplesCudaParams gpu{};
+    gpu.common = cpu;
+    bind(c, gpu.common, got);
+    const bool on_device = options % 3 == 0;
+    gpu.common.fraction = on_device ? -1.0 : fraction;
+    gpu.device_fraction = on_device ? &fraction : nullptr;
+    const bool sorted = kernel == Kernel::kSorted;
+    std::vector<char> workspace(
+        sorted ? gardo::gating::workspace_bytes(n) : gardo::gate_samples_cuda_workspace(n, num_aux),
+        0x5a);
+    gpu.workspace = workspace.data();
+    gpu.workspace_size = static_cast<std::int64_t>(workspace.size());
+    if (sorted) {
+      gardo::gating::by_sorting(gpu);
+    } else {
+      gardo::gate_samples_cuda(gpu);
+    }
+    if (got.uncertainty == want.uncertainty && got.gate == want.gate &&
+        same(got.threshold, want.threshold) && same(got.mean, want.mean)) {
+      continue;
+    }
+    ++failures;
+    std::fprintf(stderr, "FAILED: gate n=%lld aux=%lld options=%d %s\n", static_cast<long long>(n),
+                 static_cast<long long>(num_aux), options, sorted ? "sorted" : "one launch");
   }
   return failures;
 }
@@ -172,12 +204,17 @@ int compare_win_rates(std::int64_t n, std::int64_t num_rewards, Kernel kernel) {
 
 int main() {
   int failures = 0;
-  failures += compare(40, 2, 3, Kernel::kOneLaunch, true);
-  failures += compare(40, 2, 3, Kernel::kSorted, true);
-  for (const std::int64_t n : {0, 1, 130}) failures += compare(n, 3, 4, Kernel::kOneLaunch);
-  for (const std::int64_t n : {1, 300}) failures += compare(n, 3, 4, Kernel::kSorted);
-  failures += compare(20, 0, 3, Kernel::kOneLaunch);
-  failures += compare(20, 0, 3, Kernel::kSorted);
+  for (const Kernel kernel : {Kernel::kOneLaunch, Kernel::kSorted}) {
+    failures += compare_gates(40, 2, 3, kernel, true);
+    failures += compare_gates(20, 0, 3, kernel);
+    for (const std::int64_t n : {1, 130, 300}) {
+      failures += compare_gates(n, 3, 4, kernel);
+      failures += compare_advantages(n, 4, kernel);
+    }
+    failures += compare_advantages(40, 3, kernel);
+  }
+  failures += compare_gates(0, 3, 1, Kernel::kOneLaunch);
+  failures += compare_advantages(0, 1, Kernel::kOneLaunch);
   for (const std::int64_t n : {1, 40, 130}) {
     failures += compare_win_rates(n, 3, Kernel::kOneLaunch);
     failures += compare_win_rates(n, 3, Kernel::kSorted);

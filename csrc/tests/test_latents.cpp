@@ -51,7 +51,7 @@ void run(int64_t rows, int64_t row_size, DType dtype, bool guided, bool seeded) 
   const gardo::Velocity velocity{v.in(), guided ? u.in() : kNone, guided ? 4.5f : 1.0f};
   const std::vector<float> values(rows, 0.5f);
   const gardo::RowScalar scalar{values.data(), 1};
-  const gardo::SdeCoefficients coef{scalar, scalar, scalar, scalar, scalar};
+  const gardo::SdeCoefficients coef{scalar, scalar, scalar, scalar, scalar, scalar};
   const int64_t seed = -5;
   std::vector<float> mean(size), log_prob(rows), again(rows), ratio(rows), alpha(rows), beta(rows);
   gardo::sde_step_cpu({extent, velocity, x.in(), coef, seeded ? kNone : z.in(),
@@ -63,7 +63,7 @@ void run(int64_t rows, int64_t row_size, DType dtype, bool guided, bool seeded) 
 
   std::vector<std::uint8_t> gate(rows);
   for (int64_t i = 0; i < rows; ++i) gate[i] = i % 2;
-  float loss = -1, policy = -1, kl = -1, clipped = -1;
+  float loss = -1, stats[] = {-1, -1, -1};
   gardo::GrpoLossParams grpo{};
   grpo.extent = extent;
   grpo.velocity = velocity;
@@ -71,7 +71,6 @@ void run(int64_t rows, int64_t row_size, DType dtype, bool guided, bool seeded) 
   grpo.prev_sample = prev.in();
   grpo.ref_velocity = ref.in();
   grpo.coef = coef;
-  grpo.kl_weight = scalar;
   grpo.old_log_prob = log_prob.data();
   grpo.advantage = values.data();
   grpo.gate = gate.data();
@@ -80,30 +79,28 @@ void run(int64_t rows, int64_t row_size, DType dtype, bool guided, bool seeded) 
   grpo.adv_clip = 5.0f;
   grpo.kl_coef = 0.1f;
   grpo.loss = &loss;
-  grpo.policy_loss = &policy;
-  grpo.kl = &kl;
-  grpo.clip_fraction = &clipped;
+  grpo.stats = stats;
   grpo.log_prob = again.data();
   grpo.ratio = ratio.data();
   grpo.alpha = alpha.data();
   grpo.beta = beta.data();
   gardo::grpo_loss_cpu(grpo);
   for (int64_t i = 0; i < rows; ++i) expect(ratio[i] == 1.0f, "grpo_loss: ratio is exactly 1");
+  const float policy = stats[0], kl = stats[1], clipped = stats[2];
   // With ratio 1 and all advantages 0.5 the policy loss is -0.5.
   expect(near(policy, rows == 0 ? 0.0 : -0.5) && clipped == 0.0f, "grpo_loss: policy");
   expect(near(loss, policy + 0.1 * kl, 1e-5), "grpo_loss: sum");
 
   Tensor grad(size, dtype), grad_uncond(size, dtype);
-  gardo::affine_backward_cpu({extent, velocity, x.in(), prev.in(), ref.in(), coef, alpha.data(),
-                              beta.data(), scalar, grad.out(),
-                              guided ? grad_uncond.out() : Latents{nullptr, dtype}});
+  gardo::velocity_grad_cpu({extent, velocity, x.in(), prev.in(), ref.in(), coef, alpha.data(),
+                            beta.data(), scalar, grad.out(),
+                            guided ? grad_uncond.out() : Latents{nullptr, dtype}});
 
   const gardo::NftTensors nft{extent, v.in(), u.in(), x.in(), z.in(), ref.in(), scalar, 0.7};
-  std::vector<float> positive(rows), negative(rows), grad_kl(rows);
-  gardo::nft_loss_cpu({nft, values.data(), gate.data(), 5.0f, 0.1f, &loss, &policy, &kl,
-                       positive.data(), negative.data(), grad_kl.data()});
+  std::vector<float> weights(3 * rows);
+  gardo::nft_loss_cpu({nft, values.data(), gate.data(), 5.0f, 0.1f, &loss, stats, weights.data()});
   expect(std::isfinite(loss) && loss >= 0.0f, "nft_loss: finite");
-  gardo::nft_backward_cpu({nft, positive.data(), negative.data(), grad_kl.data(), grad.out()});
+  gardo::nft_grad_cpu({nft, weights.data(), grad.out()});
 }
 
 // One element worked out by hand: mean = 2*3 + 0.5*4 = 8, prev = 8 + 0.1*10 = 9,
@@ -111,7 +108,7 @@ void run(int64_t rows, int64_t row_size, DType dtype, bool guided, bool seeded) 
 void test_by_hand() {
   const float a = 2, b = 0.5, c = 0.1f, scale = 2, offset = 7, v = 4, u = 1, x = 3, z = 10;
   const auto in = [](const float& value) { return ConstLatents{&value, DType::kFloat32}; };
-  const gardo::SdeCoefficients coef{{&a, 0}, {&b, 0}, {&c, 0}, {&scale, 0}, {&offset, 0}};
+  const gardo::SdeCoefficients coef{{&a, 0}, {&b, 0}, {&c, 0}, {&scale, 0}, {&offset, 0}, {&c, 0}};
   float prev = 0, mean = 0, log_prob = 0;
   gardo::sde_step_cpu(
       {{1, 1, 1}, {in(v), kNone, 1.0f}, in(x), coef, in(z), nullptr, &prev, &mean, &log_prob});
@@ -121,18 +118,18 @@ void test_by_hand() {
   expect(near(mean, 11), "sde_step: guidance by hand");
   const float alpha = 1.5f, upstream = 2;
   float grad = 0, grad_uncond = 0;
-  gardo::affine_backward_cpu({{1, 1, 1},
-                              {in(v), in(u), 3.0f},
-                              in(x),
-                              in(prev),
-                              kNone,
-                              coef,
-                              &alpha,
-                              nullptr,
-                              {&upstream, 0},
-                              {&grad, DType::kFloat32},
-                              {&grad_uncond, DType::kFloat32}});
-  expect(near(grad, 9, 1e-5) && near(grad_uncond, -6, 1e-5), "affine_backward: by hand");
+  gardo::velocity_grad_cpu({{1, 1, 1},
+                            {in(v), in(u), 3.0f},
+                            in(x),
+                            in(prev),
+                            kNone,
+                            coef,
+                            &alpha,
+                            nullptr,
+                            {&upstream, 0},
+                            {&grad, DType::kFloat32},
+                            {&grad_uncond, DType::kFloat32}});
+  expect(near(grad, 9, 1e-5) && near(grad_uncond, -6, 1e-5), "velocity_grad: by hand");
 }
 
 // The index path of 3 * (2^32 + 5) elements, without the memory: every block is visited once, at

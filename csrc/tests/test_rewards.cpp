@@ -2,8 +2,9 @@
 #include <limits>
 #include <vector>
 
+#include "gate_samples.h"
+#include "group_advantages.h"
 #include "nearest_neighbor.h"
-#include "shape_rewards.h"
 #include "testing.h"
 #include "win_rate.h"
 
@@ -12,76 +13,115 @@ namespace {
 using testing::expect;
 using testing::near;
 
-struct Rewards {
-  std::vector<double> advantage, uncertainty;
+using gardo::RankScope;
+using gardo::ShareOf;
+using gardo::Side;
+using gardo::Ties;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+std::vector<double> advantages(const std::vector<double>& proxy,
+                               const std::vector<std::int64_t>& groups,
+                               const std::vector<double>& distance, gardo::AdvantageNorm norm,
+                               gardo::DiversityScale scale) {
+  std::vector<double> advantage(proxy.size());
+  gardo::group_advantages_cpu(
+      {proxy.data(), groups.data(), distance.empty() ? nullptr : distance.data(),
+       static_cast<std::int64_t>(proxy.size()), norm, scale, 2, advantage.data()});
+  return advantage;
+}
+
+void test_group_advantages() {
+  using gardo::AdvantageNorm;
+  using gardo::DiversityScale;
+  const std::vector<double> proxy = {0, 1, 1, 5, kNan}, distance = {0.5, 1.5, 0.1, 0.3, 1};
+  const std::vector<std::int64_t> groups = {7, 7, -3, -3, 7};
+  const double relative[] = {-0.5, 0.75, -2.0, 3.0, 0.0}, raw[] = {-0.5, 0.75, -2.0, 0.6, 0.0};
+  const auto by_mean =
+      advantages(proxy, groups, distance, AdvantageNorm::kNone, DiversityScale::kGroupMean);
+  const auto as_is =
+      advantages(proxy, groups, distance, AdvantageNorm::kNone, DiversityScale::kRaw);
+  for (int i = 0; i < 5; ++i) {
+    expect(near(by_mean[i], relative[i]), "group_advantages: group_mean");
+    expect(near(as_is[i], raw[i]), "group_advantages: raw");
+  }
+  for (const auto norm :
+       {AdvantageNorm::kNone, AdvantageNorm::kGroupStd, AdvantageNorm::kGlobalStd}) {
+    advantages({}, {}, {}, norm, DiversityScale::kGroupMean);
+    expect(advantages({kNan}, {0}, {}, norm, DiversityScale::kRaw)[0] == 0.0,
+           "group_advantages: missing");
+    std::vector<double> many(20000);
+    std::vector<std::int64_t> ids(20000);
+    for (int i = 0; i < 20000; ++i) {
+      many[i] = i % 97 == 0 ? kNan : std::sin(i);
+      ids[i] = (i * 7919) % 800;
+    }
+    double sum = 0.0;
+    for (const double a : advantages(many, ids, {}, norm, DiversityScale::kRaw)) sum += a;
+    expect(std::fabs(sum) < 1e-9, "group_advantages: sum to 0 without distances");
+  }
+}
+
+struct Gated {
+  std::vector<double> uncertainty, threshold;
   std::vector<std::uint8_t> gate;
-  double threshold = -1.0;
-  double mean_uncertainty = -1.0;
+  double mean = -1.0;
 };
 
-Rewards shape(const std::vector<double>& proxy, const std::vector<double>& aux,
-              const std::vector<std::int64_t>& groups, const std::vector<double>& distance,
-              double fraction, gardo::GateMode mode, gardo::RankScope scope) {
+Gated gate(const std::vector<double>& proxy, const std::vector<double>& aux,
+           const std::vector<std::int64_t>& groups, gardo::GateSamplesParams p) {
   const std::size_t n = proxy.size();
-  Rewards out;
-  out.advantage.resize(n);
+  Gated out;
   out.uncertainty.resize(n);
+  out.threshold.resize(gardo::has_group_thresholds(p) ? n : 1);
   out.gate.resize(n);
-  gardo::ShapeRewardsParams p{};
   p.proxy = proxy.data();
   p.aux = aux.data();
   p.groups = groups.data();
-  p.distance = distance.empty() ? nullptr : distance.data();
   p.num_samples = static_cast<std::int64_t>(n);
   p.num_aux = n == 0 ? 0 : static_cast<std::int64_t>(aux.size() / n);
-  p.fraction = fraction;
-  p.gate_mode = mode;
-  p.scope = scope;
   p.num_threads = 2;
-  p.advantage = out.advantage.data();
   p.uncertainty = out.uncertainty.data();
   p.gate = out.gate.data();
-  p.threshold = &out.threshold;
-  p.mean_uncertainty = &out.mean_uncertainty;
-  gardo::shape_rewards_cpu(p);
+  p.threshold = out.threshold.data();
+  p.mean_uncertainty = &out.mean;
+  gardo::gate_samples_cpu(p);
   return out;
 }
 
-void test_shape_rewards() {
-  using gardo::GateMode;
-  using gardo::RankScope;
-  const Rewards r = shape({0, 1, 1, 5}, {9, 2, 2, 1}, {7, 7, -3, -3}, {0.5, 1.5, 0.1, 0.3}, 0.5,
-                          GateMode::kPaper, RankScope::kBatch);
-  const double advantage[] = {-0.5, 0.75, -2.0, 3.0};
+void test_gate_samples() {
+  gardo::GateSamplesParams p{};
+  p.fraction = 0.5;
+  p.share_of = ShareOf::kNonnegative;
+  const std::vector<std::int64_t> groups = {7, 7, -3, -3};
+  const Gated r = gate({0, 1, 1, 5}, {9, 2, 2, 1}, groups, p);
   const double uncertainty[] = {-1, 0, 0, 1};
   for (int i = 0; i < 4; ++i) {
-    expect(near(r.advantage[i], advantage[i]), "shape_rewards: advantage");
-    expect(near(r.uncertainty[i], uncertainty[i]), "shape_rewards: uncertainty");
-    expect(r.gate[i] == (i == 3), "shape_rewards: gate");
+    expect(near(r.uncertainty[i], uncertainty[i]), "gate_samples: uncertainty");
+    expect(r.gate[i] == (i == 3), "gate_samples: gate");
   }
-  expect(near(r.threshold, 0.0), "shape_rewards: threshold");
+  expect(near(r.threshold[0], 0.0) && near(r.mean, 1.0 / 3), "gate_samples: threshold");
 
-  for (const GateMode mode :
-       {GateMode::kPaper, GateMode::kOfficial, GateMode::kAll, GateMode::kOff}) {
-    for (const RankScope scope : {RankScope::kBatch, RankScope::kGroup}) {
-      shape({}, {}, {}, {}, 0.1, mode, scope);
-      shape({1}, {}, {0}, {}, 0.1, mode, scope);
-      const double nan = std::numeric_limits<double>::quiet_NaN();
-      const Rewards none = shape({nan, nan}, {0, 1}, {0, 0}, {1, 1}, 0.1, mode, scope);
-      expect(none.gate[0] == 0 && none.advantage[0] == 0.0, "shape_rewards: all missing");
-      std::vector<double> proxy(20000), aux(40000);
-      std::vector<std::int64_t> groups(20000);
-      for (int i = 0; i < 20000; ++i) {
-        proxy[i] = i % 97 == 0 ? nan : std::sin(i);
-        aux[i] = std::cos(i * 0.7);
-        aux[20000 + i] = i % 5;
-        groups[i] = (i * 7919) % 800;
-      }
-      const Rewards many = shape(proxy, aux, groups, {}, 0.1, mode, scope);
-      double sum = 0.0;
-      for (const double a : many.advantage) sum += a;
-      expect(std::fabs(sum) < 1e-9, "shape_rewards: advantages sum to 0 without distances");
+  for (int options = 0; options < 16; ++options) {
+    p.side = static_cast<Side>(options & 1);
+    p.ties = static_cast<Ties>(options >> 1 & 1);
+    p.share_of = static_cast<ShareOf>(options >> 2 & 1);
+    p.scope = static_cast<RankScope>(options >> 3 & 1);
+    gate({}, {}, {}, p);
+    gate({1}, {}, {0}, p);
+    const Gated none = gate({kNan, kNan}, {0, 1}, {0, 0}, p);
+    expect(none.gate[0] == 0 && none.uncertainty[0] == 0.0, "gate_samples: all missing");
+    std::vector<double> proxy(20000), aux(40000);
+    std::vector<std::int64_t> ids(20000);
+    for (int i = 0; i < 20000; ++i) {
+      proxy[i] = i % 97 == 0 ? kNan : std::sin(i);
+      aux[i] = std::cos(i * 0.7);
+      aux[20000 + i] = i % 5;
+      ids[i] = (i * 7919) % 800;
     }
+    double sum = 0.0;
+    for (const double u : gate(proxy, aux, ids, p).uncertainty) sum += u;
+    expect(std::fabs(sum) < 1e-6, "gate_samples: the uncertainties of all samples cancel");
   }
 }
 
@@ -144,7 +184,8 @@ void test_nearest_neighbor() {
 }  // namespace
 
 void test_rewards() {
-  test_shape_rewards();
+  test_group_advantages();
+  test_gate_samples();
   test_win_rate();
   test_nearest_neighbor();
 }

@@ -4,9 +4,11 @@ Every op takes and gives torch tensors, checks its arguments, and runs on the be
 available (``backend=None``) or on the one named. Needs torch alone.
 """
 
-from gardo_kernels._backends import BackendUnavailable
-from gardo_kernels._host_memory import empty_cache
 from gardo_kernels.adaptive import AdaptiveFraction
+from gardo_kernels.backends import BackendUnavailable
+from gardo_kernels.host_memory import empty_cache
+from gardo_kernels.ops.gate_samples import GatedSamples, gate_samples
+from gardo_kernels.ops.group_advantages import group_advantages
 from gardo_kernels.ops.grpo_loss import GRPOLoss, grpo_loss
 from gardo_kernels.ops.nearest_neighbor import nearest_neighbor_distance
 from gardo_kernels.ops.nft_loss import NFTLoss, nft_loss
@@ -26,12 +28,15 @@ __all__ = [
     "AdaptiveFraction",
     "BackendUnavailable",
     "GRPOLoss",
+    "GatedSamples",
     "NFTLoss",
     "SDECoefficients",
     "SDEStep",
     "ShapedRewards",
     "__version__",
     "empty_cache",
+    "gate_samples",
+    "group_advantages",
     "grpo_loss",
     "nearest_neighbor_distance",
     "nft_loss",

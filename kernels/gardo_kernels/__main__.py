@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import gardo_kernels as gk
-from gardo_kernels import _backends, _native
-from gardo_kernels.ops import grpo_loss, nearest_neighbor, nft_loss, sde, shape_rewards, win_rate
+from gardo_kernels import core, ops
+from gardo_kernels.backends import Availability
 
 # Largest error, relative to the largest element of each output, that counts as right: all outputs
 # are computed in float32 or better from the same inputs.
@@ -26,82 +26,22 @@ class Check(NamedTuple):
     """An op at a size of use: ``run(backend, dtype)`` gives its outputs."""
 
     op: str
-    backends: dict[str, _backends.Availability]
+    backends: dict[str, Availability]
     run: Callable[[str, torch.dtype], tuple[Tensor, ...]]
 
 
 def checks(device: torch.device) -> list[Check]:
-    """One check per op: SD3.5 latents at 512x512, and an epoch of 48 prompts of 24 images."""
-    g = torch.Generator().manual_seed(0)
+    """What the ``self_check`` modules of the ops declare."""
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g).to(device)
+        return torch.randn(shape, generator=generator).to(device)
 
-    v, u, ref, x, z = (normal(9, 16, 64, 64) for _ in range(5))
-    advantage, t = normal(9), torch.linspace(0.1, 0.9, 9, device=device)
-    gate = torch.arange(9, device=device) % 2 == 0
-    table = gk.sde_coefficients(0.6, 0.5).to(device)
-    prev = gk.sde_step(v, x, table, noise=z, backend="reference").prev_sample
-    old = gk.sde_log_prob(v + 0.01 * u, x, prev, table, backend="reference")
-    ids = torch.arange(1152, device=device) % 48
-    rewards, features = normal(3, 1152), normal(1152, 1024)
-
-    def step(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return gk.sde_step(
-            *(v.to(dtype), x.to(dtype), table),
-            noise=z.to(dtype),
-            velocity_uncond=u.to(dtype),
-            guidance_scale=4.5,
-            backend=backend,
-        )
-
-    def log_prob(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (gk.sde_log_prob(v.to(dtype), x.to(dtype), prev.to(dtype), table, backend=backend),)
-
-    def grpo(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        velocity = v.to(dtype).requires_grad_()
-        latents = (velocity, x.to(dtype), prev.to(dtype))
-        out = gk.grpo_loss(
-            *(*latents, old.to(dtype), advantage.to(dtype), table),
-            clip_range=0.1,
-            gate=gate,
-            ref_velocity=ref.to(dtype),
-            kl_coef=0.04,
-            backend=backend,
-        )
-        return out.loss, out.ratio, *torch.autograd.grad(out.loss, velocity)
-
-    def nft(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        velocity = v.to(dtype).requires_grad_()
-        out = gk.nft_loss(
-            *(velocity, u.to(dtype), x.to(dtype), prev.to(dtype), t.to(dtype)),
-            advantage.to(dtype),
-            gate=gate,
-            ref_velocity=ref.to(dtype),
-            kl_coef=0.04,
-            backend=backend,
-        )
-        return out.loss, *torch.autograd.grad(out.loss, velocity)
-
-    def wins(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (gk.win_rate(rewards, ids, backend=backend),)
-
-    def neighbor(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (gk.nearest_neighbor_distance(features, ids, backend=backend),)
-
-    def shape(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        out = gk.shape_rewards(rewards[0], rewards[1:], ids, backend=backend)
-        return out.advantage, out.uncertainty, out.gate.to(torch.float32)
-
-    return [
-        Check("sde_step", sde.BACKENDS, step),
-        Check("sde_log_prob", sde.BACKENDS, log_prob),
-        Check("grpo_loss", grpo_loss.BACKENDS, grpo),
-        Check("nft_loss", nft_loss.BACKENDS, nft),
-        Check("win_rate", win_rate.BACKENDS, wins),
-        Check("nearest_neighbor_distance", nearest_neighbor.BACKENDS, neighbor),
-        Check("shape_rewards", shape_rewards.BACKENDS, shape),
-    ]
+    found = []
+    for module in ops.modules("self_check"):
+        generator = torch.Generator().manual_seed(0)
+        op = sys.modules[module.__name__.rpartition(".")[0]]
+        found += [Check(name, op.BACKENDS, run) for name, run in module.checks(normal).items()]
+    return found
 
 
 def relative_error(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
@@ -129,8 +69,8 @@ def median_time(run: Callable[[], Any], device: torch.device) -> float:
 def environment() -> list[str]:
     """What the backends depend on, one line each."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    native = _native.unavailable_reason() or (
-        "OpenMP" if _native.has_openmp() else "no OpenMP: one thread"
+    native = core.unavailable_reason() or (
+        "OpenMP" if core.has_openmp() else "no OpenMP: one thread"
     )
     triton = importlib.util.find_spec("triton")
     faiss = importlib.util.find_spec("faiss")
@@ -138,7 +78,7 @@ def environment() -> list[str]:
         f"gardo_kernels {gk.__version__}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} CPU threads, {cuda}",
         f"C++ core: {native}",
-        f"C++ core on CUDA: {_native.cuda_unavailable_reason() or 'built'}",
+        f"C++ core on CUDA: {core.cuda_unavailable_reason() or 'built'}",
         f"triton: {'installed' if triton else 'not installed'}; "
         f"faiss: {'installed' if faiss else 'not installed'}",
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gardo_kernels import _checks
+from gardo_kernels import checks
 
 _GROWTH = 0.1
 
@@ -25,9 +25,9 @@ class AdaptiveFraction:
     def __init__(
         self, initial: float = 0.1, low: float = 0.02, high: float = 0.2, window: int = 20
     ) -> None:
-        self._low = _checks.number("low", low, low=0.0, high=1.0)
-        self._high = _checks.number("high", high, low=self._low, high=1.0)
-        self._fraction = _checks.number("initial", initial, low=self._low, high=self._high)
+        self._low = checks.number("low", low, low=0.0, high=1.0)
+        self._high = checks.number("high", high, low=self._low, high=1.0)
+        self._fraction = checks.number("initial", initial, low=self._low, high=self._high)
         if isinstance(window, bool) or not isinstance(window, int):
             raise TypeError(f"window: expected an int, got {type(window).__name__}")
         if window < 1:

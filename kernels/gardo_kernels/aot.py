@@ -1,8 +1,8 @@
 """``python -m gardo_kernels.aot``: compile every Triton kernel without a GPU.
 
-Launches are recorded, not run: the launchers of each op are called with CPU tensors of every dtype
-that they serve, and each recorded signature is compiled for each architecture. Prints registers and
-spilled bytes per kernel; a spill is an error.
+Launches are recorded, not run: the ``triton`` module of each op calls its launchers with CPU
+tensors, and each recorded signature is compiled for each architecture. Prints registers and spilled
+bytes per kernel; a spill is an error.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from gardo_kernels import ops
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -64,8 +66,9 @@ def record() -> list[Launch]:
     """The launches of every op, dtype and option, without repetition."""
     launches: dict[Launch, None] = {}
     with _recording(launches):
-        for dtype in DTYPES:
-            _call_launchers(dtype)
+        for module in ops.modules("triton"):
+            for dtype in DTYPES:
+                module.call_every_form(dtype)
     return list(launches)
 
 
@@ -112,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def _recording(launches: dict[Launch, None]) -> Iterator[None]:
-    from gardo_kernels import _triton as common
+    from gardo_kernels import triton_helpers as common
 
     def keep(
         kernel: Any,
@@ -148,36 +151,6 @@ def _specialise(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any], num_wa
             if value % 16 == 0:
                 divisible.append(name)
     return Launch(kernel, tuple(signature), tuple(constants), tuple(divisible), num_warps)
-
-
-def _call_launchers(dtype: torch.dtype) -> None:
-    from gardo_kernels.ops.grpo_loss import triton as grpo
-    from gardo_kernels.ops.nearest_neighbor import triton as neighbour
-    from gardo_kernels.ops.nft_loss import triton as nft
-    from gardo_kernels.ops.sde import triton as sde
-
-    rows, shape = 4, (4, 16, 64, 64)
-    v = torch.zeros(shape, dtype=dtype)
-    x, row, scalar = torch.zeros(shape), torch.zeros(rows), torch.zeros(())
-    seed, gate = torch.zeros(1, dtype=torch.int64), torch.zeros(rows, dtype=torch.bool)
-    affine, density = (scalar, scalar), (scalar, scalar)
-    for uncond in (None, v):
-        for noise, seeded in ((x, None), (None, seed), (None, None)):
-            sde.sde_step(v, x, *affine, scalar, *density, noise, seeded, uncond, 4.5)
-        sde.sde_log_prob(v, x, x, *affine, *density, uncond, 4.5)
-        for ref in (None, v):
-            sde.velocity_grad(scalar, v, x, x, *affine, row, row, ref, uncond, 4.5)
-            for mask in (None, gate):
-                grpo.grpo_loss(
-                    *(v, x, x, row, row, *affine, *density, scalar, 1e-4, 1e-4, 5.0),
-                    *(mask, ref, 0.04, "gated", uncond, 4.5),
-                )
-    for ref in (None, v):
-        for mask in (None, gate):
-            nft.nft_loss(v, v, x, x, row, row, 1.0, 5.0, mask, ref, 0.04)
-        nft.nft_grad(scalar, v, v, x, x, row, torch.zeros(3, rows), 1.0, ref)
-    features = torch.zeros(48, 1024, dtype=dtype)
-    neighbour.nearest_neighbor_distance(features, torch.zeros(48, dtype=torch.int64))
 
 
 def _resources(ptx: str, arch: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gardo_kernels as gk
-from gardo_kernels import _native
+from gardo_kernels import core
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -16,9 +16,7 @@ RUNS_TRITON = INTERPRETED or DEVICE == "cuda"
 BACKENDS = [
     pytest.param(
         "native",
-        marks=pytest.mark.skipif(
-            not _native.is_available(), reason=str(_native.unavailable_reason())
-        ),
+        marks=pytest.mark.skipif(not core.is_available(), reason=str(core.unavailable_reason())),
     ),
     pytest.param(
         "triton",
@@ -27,6 +25,8 @@ BACKENDS = [
         ),
     ),
 ]
+#: Of the ops on rewards.
+REWARD_BACKENDS = ["reference", BACKENDS[0]]
 # A row of one element, odd rows, an empty batch, SD3, video and packed Flux latents, rows that
 # take several tiles and several programs.
 SHAPES = [

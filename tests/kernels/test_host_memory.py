@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import gardo_kernels as gk
-from gardo_kernels import _host_memory, _native
+from gardo_kernels import core, host_memory
 
-FLOATS = _host_memory.MIN_BYTES // 4
+FLOATS = host_memory.MIN_BYTES // 4
 SHAPE = (2, FLOATS // 2)
 
 
@@ -26,11 +26,11 @@ def nothing_waits():
 
 
 def make(shape=SHAPE, dtype=torch.float32):
-    return _host_memory.empty(shape, dtype)
+    return host_memory.empty(shape, dtype)
 
 
 def waiting():
-    return len(_host_memory._waiting)
+    return len(host_memory._waiting)
 
 
 def test_shape_dtype_and_layout():
@@ -97,7 +97,7 @@ def test_small_results_are_the_c_librarys():
 def test_no_more_than_four_blocks_of_one_size_wait():
     results = [make() for _ in range(7)]
     del results
-    assert waiting() == _host_memory.MAX_BLOCKS
+    assert waiting() == host_memory.MAX_BLOCKS
     larger = make((3, FLOATS))
     assert waiting() == 0
     del larger
@@ -131,10 +131,10 @@ def test_threads_do_not_share_results():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert waiting() <= _host_memory.MAX_BLOCKS
+    assert waiting() <= host_memory.MAX_BLOCKS
 
 
-@pytest.mark.skipif(not _native.is_available(), reason=str(_native.unavailable_reason()))
+@pytest.mark.skipif(not core.is_available(), reason=str(core.unavailable_reason()))
 def test_results_of_calls_that_are_alive_are_apart():
     g = torch.Generator().manual_seed(0)
     shape = (2, FLOATS)
@@ -162,7 +162,7 @@ def test_results_of_calls_that_are_alive_are_apart():
 
 def test_results_that_outlive_the_interpreter_are_no_trouble():
     code = (
-        "import torch; from gardo_kernels import _host_memory as m\n"
+        "import torch; from gardo_kernels import host_memory as m\n"
         "held = [m.empty((1 << 20,), torch.float32).fill_(1) for _ in range(3)]\n"
         "torch.kept = held[0]; held[1] = None\n"
         "cycle = [held[2]]; cycle.append(cycle)\n"

@@ -1,4 +1,4 @@
-"""The CUDA `shape_rewards` and `win_rate` against the reference.
+"""The CUDA advantages, gates and win rates against the reference.
 
 Without a GPU their logic is tested by running the kernels on a CPU: `make asan`
 (csrc/tests/cuda_emulation.cpp).
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 import gardo_kernels as gk
-from gardo_kernels import _native
-from gardo_kernels.ops.shape_rewards import reference
+from gardo_kernels import core
 
 NORMS = ("none", "group_std", "global_std")
 GATES = ("paper", "official", "all", "off")
@@ -25,8 +24,8 @@ SCOPES = ("batch", "group")
 def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if not _native.has_cuda():
-        pytest.skip(f"native CUDA: {_native.cuda_unavailable_reason()}")
+    if not core.has_cuda():
+        pytest.skip(f"native CUDA: {core.cuda_unavailable_reason()}")
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -48,12 +47,30 @@ def test_matches_the_reference(cuda: torch.device, samples: int, num_aux: int) -
     combinations = list(itertools.product(NORMS, GATES, SCOPES))
     for norm, gate, scope in combinations if samples < 10_000 else combinations[:3]:
         arguments = (proxy, aux, ids, distance, 0.1, norm, gate, scope)
-        got = _native.shape_rewards(*arguments)
-        again = _native.shape_rewards(*arguments)
-        want = reference.shape_rewards(*arguments)
+        got = gk.shape_rewards(*arguments, backend="native")
+        again = gk.shape_rewards(*arguments, backend="native")
+        want = gk.shape_rewards(*arguments, backend="reference")
         for value, repeated, expected in zip(got, again, want, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
             assert torch.equal(value, repeated)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("samples", [0, 1, 33, 1152, 4096, 4097, 9216])
+@pytest.mark.parametrize("num_aux", [0, 2, 17])
+def test_every_gate_matches_the_reference(cuda: torch.device, samples: int, num_aux: int) -> None:
+    proxy, aux, ids, distance = case(samples, num_aux, cuda)
+    choices = (("over", "under"), ("half", "ordinal"), ("all", "nonnegative"), SCOPES)
+    for options in itertools.product(*choices):
+        got = gk.gate_samples(proxy, aux, ids, 0.1, *options, backend="native")
+        want = gk.gate_samples(proxy, aux, ids, 0.1, *options, backend="reference")
+        for value, expected in zip(got, want, strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
+    for norm, scale in itertools.product(NORMS, ("group_mean", "raw")):
+        rewards = (proxy, ids, distance, norm, scale)
+        value = gk.group_advantages(*rewards, backend="native")
+        expected = gk.group_advantages(*rewards, backend="reference")
+        torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.gpu
@@ -71,21 +88,20 @@ def test_win_rate_matches_the_reference(cuda: torch.device, samples: int, groupe
 def test_captured_in_a_graph(cuda: torch.device, samples: int) -> None:
     proxy, aux, ids, distance = case(samples, 2, cuda)
     fraction = torch.tensor(0.1, dtype=torch.float64, device=cuda)
-    _native.shape_rewards(proxy, aux, ids, distance, fraction)  # loads the kernels
+    gk.shape_rewards(proxy, aux, ids, distance, fraction)  # loads the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = _native.shape_rewards(proxy, aux, ids, distance, fraction)
+        captured = gk.shape_rewards(proxy, aux, ids, distance, fraction)
     proxy.copy_(proxy.roll(1))
     fraction.fill_(0.2)
     graph.replay()
-    want = _native.shape_rewards(proxy, aux, ids, distance, 0.2)
+    want = gk.shape_rewards(proxy, aux, ids, distance, 0.2)
     for value, expected in zip(captured, want, strict=True):
         assert torch.equal(value, expected)
 
 
 def test_other_devices_are_refused() -> None:
-    if not _native.is_available():
-        pytest.skip(f"C++ core: {_native.unavailable_reason()}")
-    proxy, aux, ids, _ = case(4, 1, torch.device("cpu"))
+    if not core.is_available():
+        pytest.skip(f"C++ core: {core.unavailable_reason()}")
     with pytest.raises(ValueError, match="proxy: expected a CPU or CUDA tensor, got device meta"):
-        _native.shape_rewards(proxy.to("meta"), aux, ids)
+        core.require_device("proxy", torch.zeros(4, device="meta"))

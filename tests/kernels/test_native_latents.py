@@ -10,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gardo_kernels import _native, sde_coefficients
+from gardo_kernels import SDEStep, core, sde_coefficients
+from gardo_kernels.ops.grpo_loss import native as grpo_native
 from gardo_kernels.ops.grpo_loss import reference as grpo_reference
+from gardo_kernels.ops.nft_loss import native as nft_native
 from gardo_kernels.ops.nft_loss import reference as nft_reference
-from gardo_kernels.ops.sde import SDECoefficients, philox_normal
+from gardo_kernels.ops.sde import SDECoefficients, native, philox_normal
 from gardo_kernels.ops.sde import reference as sde_reference
 
 pytestmark = pytest.mark.skipif(
-    not _native.is_available(), reason=f"C++ core: {_native.unavailable_reason()}"
+    not core.is_available(), reason=f"C++ core: {core.unavailable_reason()}"
 )
 
 # Odd sizes, one element, an empty batch, video [B, C, F, H, W], packed Flux [B, L, C]; more than
@@ -43,16 +45,37 @@ def latents(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float3
     return torch.randn(shape, generator=rng).to(dtype)
 
 
-def fields(coef: SDECoefficients, *names: str) -> dict[str, Tensor]:
-    return {name: getattr(coef, name) for name in names}
+def sde_step(
+    velocity: Tensor,
+    sample: Tensor,
+    coef: SDECoefficients | list[Tensor],
+    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    velocity_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> SDEStep:
+    table = coef.operands() if isinstance(coef, SDECoefficients) else coef
+    return SDEStep(
+        *native.sde_step(velocity, sample, table, noise, seed, velocity_uncond, guidance_scale)
+    )
 
 
-def step_fields(coef: SDECoefficients) -> dict[str, Tensor]:
-    return fields(coef, "a", "b", "c", "scale", "offset")
-
-
-def density_fields(coef: SDECoefficients) -> dict[str, Tensor]:
-    return fields(coef, "a", "b", "scale", "offset")
+def velocity_grad(
+    velocity: Tensor,
+    sample: Tensor,
+    prev: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    beta: Tensor | None = None,
+    ref: Tensor | None = None,
+    uncond: Tensor | None = None,
+    scale: float = 1.0,
+    grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    coef = [a, b, a, a, a, a]  # the others are not read
+    grad = torch.ones(()) if grad is None else grad
+    return native.velocity_grad(velocity, sample, prev, coef, grad, alpha, beta, ref, uncond, scale)
 
 
 def assert_gradient(got: Tensor, want: Tensor) -> None:
@@ -76,8 +99,8 @@ def test_step_and_log_prob_match_the_reference(
         coef = coefficients(shape[0], kind, per_row)
         velocity, sample, noise = latents(shape, 1, dtype), latents(shape, 2), latents(shape, 3)
         uncond, scale = (latents(shape, 4, dtype), 4.5) if guided else (None, 1.0)
-        got = _native.sde_step(
-            velocity, sample, **step_fields(coef), noise=noise, velocity_uncond=uncond,
+        got = sde_step(
+            velocity, sample, coef, noise=noise, velocity_uncond=uncond,
             guidance_scale=scale,
         )  # fmt: skip
         prev, log_prob, mean = sde_reference.sde_step(
@@ -86,10 +109,9 @@ def test_step_and_log_prob_match_the_reference(
         torch.testing.assert_close(got.mean.double(), mean, **VALUE)
         torch.testing.assert_close(got.prev_sample.double(), prev, **VALUE)
         torch.testing.assert_close(got.log_prob.double(), log_prob, **VALUE)
-        again = _native.sde_log_prob(
-            velocity, sample, got.prev_sample, **density_fields(coef), velocity_uncond=uncond,
-            guidance_scale=scale,
-        )  # fmt: skip
+        again = native.sde_log_prob(
+            velocity, sample, got.prev_sample, coef.operands(), uncond, scale
+        )
         assert torch.equal(again, got.log_prob)
 
 
@@ -99,8 +121,8 @@ def test_noise_is_the_documented_stream(shape: tuple[int, ...]) -> None:
     ones = torch.ones(())
     zeros = torch.zeros(())
     seed = torch.tensor([-(2**62) + 12345])
-    got = _native.sde_step(
-        torch.zeros(shape), torch.zeros(shape), a=zeros, b=zeros, c=ones, scale=ones, offset=zeros,
+    got = sde_step(
+        torch.zeros(shape), torch.zeros(shape), [zeros, zeros, ones, ones, zeros, ones],
         seed=seed,
     )  # fmt: skip
     torch.testing.assert_close(
@@ -111,8 +133,8 @@ def test_noise_is_the_documented_stream(shape: tuple[int, ...]) -> None:
 def test_noise_is_standard_normal() -> None:
     zeros, ones = torch.zeros(()), torch.ones(())
     shape = (4, 250_000)
-    z = _native.sde_step(
-        torch.zeros(shape), torch.zeros(shape), a=zeros, b=zeros, c=ones, scale=ones, offset=zeros,
+    z = sde_step(
+        torch.zeros(shape), torch.zeros(shape), [zeros, zeros, ones, ones, zeros, ones],
         seed=torch.tensor(7),
     ).prev_sample.double()  # fmt: skip
     # Standard errors for 10^6 draws: 0.001 (mean), 0.0014 (variance), 0.005 (kurtosis); 5 of each.
@@ -135,20 +157,19 @@ def test_on_policy_ratio_is_exactly_one(dtype: torch.dtype, kind: str, guided: b
     coef = coefficients(5, kind)
     velocity, sample = latents(shape, 1, dtype), latents(shape, 2)
     uncond, scale = (latents(shape, 4, dtype), 4.5) if guided else (None, 1.0)
-    step = _native.sde_step(
-        velocity, sample, **step_fields(coef), seed=torch.tensor([3]), velocity_uncond=uncond,
+    step = sde_step(
+        velocity, sample, coef, seed=torch.tensor([3]), velocity_uncond=uncond,
         guidance_scale=scale,
     )  # fmt: skip
     # Training takes the rows in another order and in other batches.
     for rows in ([0, 1, 2, 3, 4], [3], [4, 1]):
-        out = _native.grpo_loss(
+        _, stats, _, ratio, _, _ = grpo_native.grpo_loss(
             velocity[rows], sample[rows], step.prev_sample[rows], step.log_prob[rows],
-            torch.ones(len(rows)), **density_fields(coef[torch.tensor(rows)]),
-            kl_weight=coef.kl[rows], clip_low=1 - 1e-5, clip_high=1 + 1e-5,
-            velocity_uncond=None if uncond is None else uncond[rows], guidance_scale=scale,
+            torch.ones(len(rows)), coef[torch.tensor(rows)].operands(), 1e-5, 1e-5, 5.0, None,
+            None, 0.0, "gated", None if uncond is None else uncond[rows], scale,
         )  # fmt: skip
-        assert torch.equal(out.ratio, torch.ones(len(rows)))
-        assert out.stats[2].item() == 0
+        assert torch.equal(ratio, torch.ones(len(rows)))
+        assert stats[2].item() == 0
 
 
 def test_bits_do_not_depend_on_threads_or_batch() -> None:
@@ -160,18 +181,14 @@ def test_bits_do_not_depend_on_threads_or_batch() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(
-                _native.sde_step(velocity, sample, **step_fields(coef), seed=torch.tensor([1]))
-            )
+            results.append(sde_step(velocity, sample, coef, seed=torch.tensor([1])))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         for value, want in zip(other, results[0], strict=True):
             assert torch.equal(value, want)
     # Noise belongs to the row's index, so the first rows of a smaller batch are the same.
-    part = _native.sde_step(
-        velocity[:2], sample[:2], **step_fields(coef[torch.arange(2)]), seed=torch.tensor([1])
-    )
+    part = sde_step(velocity[:2], sample[:2], coef[torch.arange(2)], seed=torch.tensor([1]))
     assert torch.equal(part.log_prob, results[0].log_prob[:2])
     assert torch.equal(part.prev_sample, results[0].prev_sample[:2])
 
@@ -181,8 +198,8 @@ def test_concurrent_calls_agree() -> None:
     coef = coefficients(4)
     velocity, sample = latents(shape, 1), latents(shape, 2)
 
-    def step(seed: int) -> _native.NativeStep:
-        return _native.sde_step(velocity, sample, **step_fields(coef), seed=torch.tensor([seed]))
+    def step(seed: int) -> SDEStep:
+        return sde_step(velocity, sample, coef, seed=torch.tensor([seed]))
 
     expected = [step(seed) for seed in range(3)]
     with ThreadPoolExecutor(3) as pool:
@@ -194,13 +211,10 @@ def test_concurrent_calls_agree() -> None:
 def test_without_noise_the_step_is_the_mean() -> None:
     coef = sde_coefficients(0.8, 0.7, kind="ode")
     velocity, sample = latents((2, 5), 1), latents((2, 5), 2)
-    got = _native.sde_step(velocity, sample, **step_fields(coef))
+    got = sde_step(velocity, sample, coef)
     assert torch.equal(got.prev_sample, got.mean)
     torch.testing.assert_close(got.mean, sample - 0.1 * velocity)
     assert got.log_prob.isnan().all()
-    bare = _native.sde_step(velocity, sample, **step_fields(coef), want_mean=False)
-    assert bare.mean is None
-    assert torch.equal(bare.prev_sample, got.prev_sample)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -220,32 +234,30 @@ def test_grpo_loss_and_gradient_match_the_reference(
         used_ref = None if gated == "no_kl" else ref.clone()
         if used_ref is not None and gate is not None:
             used_ref[~gate] = torch.nan  # must not be read
-        step = _native.sde_step(
-            velocity, sample, **step_fields(coef), seed=torch.tensor([9]), velocity_uncond=uncond,
+        step = sde_step(
+            velocity, sample, coef, seed=torch.tensor([9]), velocity_uncond=uncond,
             guidance_scale=scale,
         )  # fmt: skip
         # Ratios on both sides of the clip range and inside it.
         old = step.log_prob - torch.linspace(-0.02, 0.02, max(rows, 1))[:rows]
         advantage = torch.tensor([2.0, -7.0, 0.5])[:rows]
-        bounds = {"clip_low": 1 - 1e-2, "clip_high": 1 + 1e-2}
-        got = _native.grpo_loss(
-            velocity, sample, step.prev_sample, old, advantage, **density_fields(coef),
-            kl_weight=coef.kl, **bounds, gate=gate, ref_velocity=used_ref, kl_coef=0.3,
-            kl_reduction=reduction, velocity_uncond=uncond, guidance_scale=scale,
+        loss, stats, log_prob, ratio, alpha, beta = grpo_native.grpo_loss(
+            velocity, sample, step.prev_sample, old, advantage, coef.operands(), 1e-2, 1e-2, 5.0,
+            gate, used_ref, 0.3, reduction, uncond, scale,
         )  # fmt: skip
         v = velocity.double().requires_grad_()
         u = None if uncond is None else uncond.double().requires_grad_()
         want = grpo_reference.grpo_loss(
-            v, sample, step.prev_sample, old, advantage, coef, (1e-2, 1e-2), 5.0, gate, used_ref,
+            v, sample, step.prev_sample, old, advantage, coef, 1e-2, 1e-2, 5.0, gate, used_ref,
             0.3, reduction, u, scale, torch.float64,
         )  # fmt: skip
-        policy_loss, kl, clip_fraction = got.stats
-        found = (got.loss, policy_loss, kl, got.log_prob, got.ratio, clip_fraction)
+        policy_loss, kl, clip_fraction = stats
+        found = (loss, policy_loss, kl, log_prob, ratio, clip_fraction)
         for actual, value in zip(found, want, strict=True):
             torch.testing.assert_close(actual.double(), value.detach(), **VALUE)
-        grad, grad_uncond = _native.affine_backward(
-            velocity, sample, step.prev_sample, coef.a, coef.b, got.alpha,
-            None if used_ref is None else got.beta, used_ref, uncond, scale,
+        grad, grad_uncond = velocity_grad(
+            velocity, sample, step.prev_sample, coef.a, coef.b, alpha,
+            None if used_ref is None else beta, used_ref, uncond, scale,
         )  # fmt: skip
         want[0].backward()
         assert grad.dtype == dtype
@@ -264,15 +276,15 @@ def test_grpo_gradient_at_the_edges_of_the_ratio() -> None:
     alive = [True, False, True, True, False, False, True]
     coef = coefficients(7)
     velocity, sample = latents((7, 9), 1), latents((7, 9), 2)
-    step = _native.sde_step(velocity, sample, **step_fields(coef), seed=torch.tensor([9]))
-    got = _native.grpo_loss(
-        velocity, sample, step.prev_sample, step.log_prob - shift, advantage,
-        **density_fields(coef), kl_weight=coef.kl, clip_low=0.9, clip_high=1.1,
+    step = sde_step(velocity, sample, coef, seed=torch.tensor([9]))
+    _, _, _, ratio, alpha, beta = grpo_native.grpo_loss(
+        velocity, sample, step.prev_sample, step.log_prob - shift, advantage, coef.operands(),
+        0.1, 0.1, 5.0, None, None, 0.0, "gated", None, 1.0,
     )  # fmt: skip
-    assert (got.alpha != 0).tolist() == alive
-    assert got.alpha.isnan().tolist() == [False] * 6 + [True]
-    assert got.ratio[5].isinf()
-    assert (got.beta == 0).all()
+    assert (alpha != 0).tolist() == alive
+    assert alpha.isnan().tolist() == [False] * 6 + [True]
+    assert ratio[5].isinf()
+    assert (beta == 0).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -291,16 +303,18 @@ def test_nft_loss_and_gradient_match_the_reference(
         gate = {"none": torch.zeros(rows), "half": torch.arange(rows) % 2}.get(gated)
         gate = None if gate is None else gate.bool()
         used_ref = None if gated == "no_kl" else ref
-        got = _native.nft_loss(
-            velocity, old, x0, xt, t, advantage, beta, 5.0, gate, used_ref, kl_coef=0.3
+        loss, stats, weights = nft_native.nft_loss(
+            velocity, old, x0, xt, t, advantage, beta, 5.0, gate, used_ref, 0.3
         )
         v = velocity.double().requires_grad_()
         want = nft_reference.nft_loss(
-            v, old, x0, xt, t, advantage, beta, 5.0, gate, used_ref, 0.3, "none", torch.float64
+            v, old, x0, xt, t, advantage, beta, 5.0, gate, used_ref, 0.3, torch.float64
         )
-        for value, expected in zip((got.loss, *got.stats), want, strict=True):
+        for value, expected in zip((loss, *stats), want, strict=True):
             torch.testing.assert_close(value.double(), expected.detach(), **VALUE)
-        grad = _native.nft_backward(velocity, old, x0, xt, t, beta, *got.weights, used_ref)
+        grad = nft_native.nft_grad(
+            velocity, old, x0, xt, t, torch.ones(()), weights, beta, used_ref
+        )
         want[0].backward()
         assert grad.dtype == dtype
         assert_gradient(grad, v.grad)
@@ -312,7 +326,7 @@ def test_every_float16_and_bfloat16_is_read_and_written_exactly() -> None:
         patterns = torch.arange(-(2**15), 2**15).to(torch.int16)
         v = patterns.view(dtype).reshape(1, -1)
         zero, one = torch.zeros_like(v), torch.ones(())
-        grad, _ = _native.affine_backward(v, zero, zero, one, one, -torch.ones(1))
+        grad, _ = velocity_grad(v, zero, zero, one, one, -torch.ones(1))
         finite = v.isfinite()
         assert torch.equal(grad[finite], v[finite])
         assert torch.equal(grad[~finite].isnan(), v[~finite].isnan())
@@ -331,7 +345,7 @@ def test_float32_is_rounded_to_half_as_torch_does() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         v = torch.zeros(wide.shape, dtype=dtype)
         # grad = alpha * (prev - 0) with alpha = 1
-        grad, _ = _native.affine_backward(v, v, wide, zero, zero, one.reshape(1))
+        grad, _ = velocity_grad(v, v, wide, zero, zero, one.reshape(1))
         want = wide.to(dtype)
         same = (grad == want) | (grad.isnan() & want.isnan())
         assert same.all(), (wide[~same][:5], grad[~same][:5], want[~same][:5])
@@ -345,20 +359,18 @@ def test_bfloat16_is_read_alike_in_the_loops_and_converted() -> None:
     one, rows = torch.ones(()), torch.ones(3)
 
     def results(ref: Tensor, u: Tensor) -> list[Tensor]:
-        policy = {"velocity_uncond": u, "guidance_scale": 4.5}
-        weights = {"alpha": rows, "beta": 0.1 * rows, "ref_velocity": ref}
-        step = {"a": one, "b": -0.1 * one, "scale": one, "offset": one}
-        loss = _native.grpo_loss(
-            v, x, prev, rows, rows, **step, kl_weight=one, clip_low=0.9, clip_high=1.1,
-            ref_velocity=ref, kl_coef=0.1, **policy,
-        )  # fmt: skip
+        coef = [one, -0.1 * one, one, one, one, one]
+        loss = grpo_native.grpo_loss(
+            v, x, prev, rows, rows, coef, 0.1, 0.1, 5.0, None, ref, 0.1, "gated", u, 4.5
+        )
         nft = (v, u, x, prev, 0.5 * one)
+        weights = torch.stack([rows, -rows, 0.1 * rows])
         return [
             *loss,
-            *_native.sde_step(v, x, c=one, seed=torch.tensor([1]), **step, **policy),
-            *_native.affine_backward(v, x, prev, one, -0.1 * one, **weights, **policy),
-            *_native.nft_loss(*nft, rows, ref_velocity=ref, kl_coef=0.1),
-            _native.nft_backward(*nft, 1.0, rows, -rows, 0.1 * rows, ref),
+            *sde_step(v, x, coef, None, torch.tensor([1]), u, 4.5),
+            *velocity_grad(v, x, prev, one, -0.1 * one, rows, 0.1 * rows, ref, u, 4.5),
+            *nft_native.nft_loss(*nft, rows, 1.0, 5.0, None, ref, 0.1),
+            nft_native.nft_grad(*nft, one, weights, 1.0, ref),
         ]
 
     expected = results(ref, u)
@@ -371,8 +383,8 @@ def test_the_incoming_gradient_multiplies_the_weights() -> None:
     v, x, prev = (latents((3, 100), seed) for seed in (1, 2, 3))
     a, alpha, beta = torch.ones(()), torch.tensor([0.5, 1.0, 0.0]), torch.tensor([0.1, 0.0, 0.2])
     for grad in (torch.tensor(0.3), torch.tensor([0.3, -2.0, 7.0]), torch.tensor(0.3).expand(3)):
-        got, _ = _native.affine_backward(v, x, prev, a, a, alpha, beta, x, grad=grad)
-        want, _ = _native.affine_backward(v, x, prev, a, a, alpha * grad, beta * grad, x)
+        got, _ = velocity_grad(v, x, prev, a, a, alpha, beta, x, grad=grad)
+        want, _ = velocity_grad(v, x, prev, a, a, alpha * grad, beta * grad, x)
         assert torch.equal(got, want)
 
 
@@ -380,16 +392,16 @@ def test_wrong_inputs_are_refused() -> None:
     v = latents((2, 6), 1)
     coef = coefficients(2)
     with pytest.raises(TypeError, match=r"velocity: expected float32, float16 or bfloat16"):
-        _native.sde_step(v.double(), v, **step_fields(coef))
+        sde_step(v.double(), v, coef)
     with pytest.raises(ValueError, match=r"sample: expected shape \[2, 6\], got \[2, 5\]"):
-        _native.sde_step(v, v[:, :5], **step_fields(coef))
-    with pytest.raises(ValueError, match=r"sample: expected a contiguous tensor"):
-        _native.sde_step(v, latents((6, 2), 1).t(), **step_fields(coef))
+        sde_step(v, v[:, :5], coef)
     with pytest.raises(ValueError, match=r"noise: expected a CPU tensor, got device meta"):
-        _native.sde_step(v, v, **step_fields(coef), noise=v.to("meta"))
+        sde_step(v, v, coef, noise=v.to("meta"))
     with pytest.raises(ValueError, match=r"a: expected shape \[\] or \[2\], got \[3\]"):
-        _native.sde_step(v, v, **step_fields(coefficients(3)))
-    with pytest.raises(ValueError, match=r"seed: expected None when noise is given, got both"):
-        _native.sde_step(v, v, **step_fields(coef), noise=v, seed=torch.tensor([1]))
+        sde_step(v, v, coefficients(3))
+    with pytest.raises(ValueError, match=r"sample: expected a contiguous tensor"):
+        core.latents("sample", latents((6, 2), 1).t(), v)
+    with pytest.raises(ValueError, match=r"gate: expected a contiguous tensor"):
+        core.array("gate", torch.zeros(4)[::2], torch.float32, (2,))
     with pytest.raises(ValueError, match=r"ref_velocity: expected a tensor when beta is given"):
-        _native.affine_backward(v, v, v, coef.a, coef.b, torch.ones(2), torch.ones(2))
+        velocity_grad(v, v, v, coef.a, coef.b, torch.ones(2), torch.ones(2))

@@ -21,11 +21,11 @@ def test_ops_fall_back_to_the_reference_and_native_is_refused() -> None:
     printed = run_without_core("""
         import torch
         import gardo_kernels as gk
-        from gardo_kernels import _native
+        from gardo_kernels import core
 
-        assert not _native.is_available()
-        assert not _native.has_openmp()
-        assert not _native.has_cuda()
+        assert not core.is_available()
+        assert not core.has_openmp()
+        assert not core.has_cuda()
         proxy, ids = torch.tensor([0.0, 2.0]), torch.zeros(2, dtype=torch.int64)
         shaped = gk.shape_rewards(proxy, torch.zeros(1, 2), ids)
         assert shaped.advantage.tolist() == [-1.0, 1.0]
@@ -41,10 +41,10 @@ def test_ops_fall_back_to_the_reference_and_native_is_refused() -> None:
 def test_the_core_itself_names_the_reason() -> None:
     printed = run_without_core("""
         import torch
-        from gardo_kernels import _native
+        from gardo_kernels.ops.win_rate import native
 
         try:
-            _native.win_rate(torch.zeros(1, 2).double())
+            native.win_rate(torch.zeros(1, 2).double(), None)
         except RuntimeError as error:
             print(error)
     """)

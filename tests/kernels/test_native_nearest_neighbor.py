@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gardo_kernels import _native
-from gardo_kernels.ops.nearest_neighbor import reference
+from gardo_kernels import core
+from gardo_kernels.ops.nearest_neighbor import native, reference
 
 pytestmark = pytest.mark.skipif(
-    not _native.is_available(), reason=f"C++ core: {_native.unavailable_reason()}"
+    not core.is_available(), reason=f"C++ core: {core.unavailable_reason()}"
 )
 
 # The neighbour is found in float32, its distance is half a squared difference of unit rows.
@@ -38,8 +38,8 @@ def group_ids(samples: int, groups: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_matches_the_reference(samples: int, dim: int, groups: int, dtype: torch.dtype) -> None:
     x, ids = features(samples, dim, 1, dtype), group_ids(samples, groups, 2)
-    got = _native.nearest_neighbor_distance(x, ids)
-    want = reference.nearest_neighbor_distance(x, ids)
+    got = native.nearest_neighbor_distance(x, ids)
+    want = reference.nearest_neighbor_distance(x.double(), ids)
     torch.testing.assert_close(got.double(), want, **TOLERANCE)
 
 
@@ -49,7 +49,7 @@ def test_hand_computed() -> None:
         [[2.0, 0.0], [0.0, 3.0], [5.0, 5.0], [-1.0, 0.0], [0.0, 0.0], [4.0, 0.0], [7.0, 7.0]]
     )
     ids = torch.tensor([5, 5, 5, 9, 9, -2, 5])
-    got = _native.nearest_neighbor_distance(x, ids)
+    got = native.nearest_neighbor_distance(x, ids)
     # Rows 2 and 6 point the same way; rows 0 and 1 are 45 degrees from them; a zero row is at
     # distance 1; row 5 is alone.
     assert got.tolist() == pytest.approx([1 - root, 1 - root, 0, 1, 1, 0, 0], abs=1e-7)
@@ -58,13 +58,13 @@ def test_hand_computed() -> None:
 def test_duplicates_are_at_distance_zero_exactly() -> None:
     base = features(3, 257, seed=3)
     x = base[torch.tensor([0, 1, 2, 0, 1, 2])]
-    assert _native.nearest_neighbor_distance(x, torch.zeros(6, dtype=torch.int64)).eq(0).all()
+    assert native.nearest_neighbor_distance(x, torch.zeros(6, dtype=torch.int64)).eq(0).all()
 
 
 def test_near_duplicates_keep_relative_accuracy() -> None:
     # 1 - cos(angle) = angle^2 / 2 = 5e-9 here, far below the resolution of a float32 cosine.
     x = torch.tensor([[1.0, 0.0], [1.0, 1e-4]])
-    got = _native.nearest_neighbor_distance(x, torch.zeros(2, dtype=torch.int64))
+    got = native.nearest_neighbor_distance(x, torch.zeros(2, dtype=torch.int64))
     torch.testing.assert_close(got, torch.full((2,), 5e-9), rtol=1e-4, atol=0)
 
 
@@ -74,20 +74,20 @@ def test_rows_that_are_not_finite_are_no_ones_neighbour() -> None:
     ids = group_ids(40, 2, seed=5)
     keep = torch.ones(40, dtype=torch.bool)
     keep[[3, 17]] = False
-    got = _native.nearest_neighbor_distance(x, ids)
+    got = native.nearest_neighbor_distance(x, ids)
     assert got[~keep].isnan().all()
-    alone = _native.nearest_neighbor_distance(x[keep], ids[keep])
+    alone = native.nearest_neighbor_distance(x[keep], ids[keep])
     assert torch.equal(got[keep], alone)
     # Nobody usable left: as a singleton.
     pair = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]])
-    got = _native.nearest_neighbor_distance(pair, torch.zeros(2, dtype=torch.int64))
+    got = native.nearest_neighbor_distance(pair, torch.zeros(2, dtype=torch.int64))
     assert got[0] == 0
     assert got[1].isnan()
 
 
 def test_lengths_near_the_ends_of_float32() -> None:
     x = torch.tensor([[3e38, 0.0], [3e38, 3e38], [1e-38, 1e-38]])
-    got = _native.nearest_neighbor_distance(x, torch.zeros(3, dtype=torch.int64))
+    got = native.nearest_neighbor_distance(x, torch.zeros(3, dtype=torch.int64))
     assert got.tolist() == pytest.approx([1 - math.sqrt(0.5), 0, 0], abs=1e-6)
 
 
@@ -97,22 +97,22 @@ def test_bits_do_not_depend_on_threads_or_order() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = _native.nearest_neighbor_distance(x, ids)
+        one = native.nearest_neighbor_distance(x, ids)
         torch.set_num_threads(3)
-        three = _native.nearest_neighbor_distance(x, ids)
+        three = native.nearest_neighbor_distance(x, ids)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(one, three)
     order = torch.randperm(800, generator=torch.Generator().manual_seed(8))
-    permuted = _native.nearest_neighbor_distance(x[order], ids[order])
+    permuted = native.nearest_neighbor_distance(x[order], ids[order])
     torch.testing.assert_close(permuted, one[order], **TOLERANCE)
 
 
 def test_wrong_inputs_are_refused() -> None:
     x, ids = features(4, 3, 0), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(TypeError, match=r"features: expected float32, float16 or bfloat16"):
-        _native.nearest_neighbor_distance(x.double(), ids)
+        native.nearest_neighbor_distance(x.double(), ids)
     with pytest.raises(TypeError, match=r"group_ids: expected dtype torch.int64"):
-        _native.nearest_neighbor_distance(x, ids.int())
+        native.nearest_neighbor_distance(x, ids.int())
     with pytest.raises(ValueError, match=r"features: expected shape \[N, D\], got \[4\]"):
-        _native.nearest_neighbor_distance(x[:, 0], ids)
+        native.nearest_neighbor_distance(x[:, 0], ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gardo_kernels import _native
-from gardo_kernels.ops.shape_rewards import reference
+import gardo_kernels as gk
+from gardo_kernels import core
 
 pytestmark = pytest.mark.skipif(
-    not _native.is_available(), reason=f"C++ core: {_native.unavailable_reason()}"
+    not core.is_available(), reason=f"C++ core: {core.unavailable_reason()}"
 )
 
 # Both work in float64; they may add the members of a group in another order.
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
+shape_rewards = functools.partial(gk.shape_rewards, backend="native")
 NORMS = ("none", "group_std", "global_std")
 GATES = ("paper", "official", "all", "off")
 SCOPES = ("batch", "group")
@@ -49,8 +51,9 @@ def assert_equals_reference(
     gate: str,
     scope: str,
 ) -> None:
-    got = _native.shape_rewards(proxy, aux, ids, distance, fraction, norm, gate, scope)
-    want = reference.shape_rewards(proxy, aux, ids, distance, fraction, norm, gate, scope)
+    arguments = (proxy, aux, ids, distance, fraction, norm, gate, scope)
+    got = shape_rewards(*arguments)
+    want = gk.shape_rewards(*arguments, backend="reference")
     for value, expected, name in zip(got, want, got._fields, strict=True):
         torch.testing.assert_close(
             value, expected, **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}"
@@ -89,8 +92,8 @@ def test_float32_is_computed_in_float64(samples: int, num_aux: int, gate: str, s
     for factor in (None, distance):
         wide = None if factor is None else factor.double()
         options = (0.2, "group_std", gate, scope)
-        got = _native.shape_rewards(proxy, aux, ids, factor, *options)
-        want = _native.shape_rewards(proxy.double(), aux.double(), ids, wide, *options)
+        got = shape_rewards(proxy, aux, ids, factor, *options)
+        want = shape_rewards(proxy.double(), aux.double(), ids, wide, *options)
         for value, expected, name in zip(got, want, got._fields, strict=True):
             assert value.dtype == (torch.bool if name == "gate" else torch.float32)
             assert torch.equal(value, expected.to(value.dtype)), name
@@ -99,7 +102,7 @@ def test_float32_is_computed_in_float64(samples: int, num_aux: int, gate: str, s
 def test_all_missing_is_all_zero() -> None:
     proxy = torch.full((6,), torch.nan, dtype=torch.float64)
     ids = torch.tensor([0, 0, 1, 1, 2, 2])
-    got = _native.shape_rewards(proxy, torch.randn(2, 6).double(), ids)
+    got = shape_rewards(proxy, torch.randn(2, 6).double(), ids)
     for value in got:
         assert not value.any()  # zeros, and False in the gate
 
@@ -110,7 +113,7 @@ def test_hand_computed() -> None:
     aux = torch.tensor([[9.0, 2.0, 2.0, 1.0]], dtype=torch.float64)
     ids = torch.tensor([7, 7, -3, -3])
     distance = torch.tensor([0.5, 1.5, 0.1, 0.3], dtype=torch.float64)
-    got = _native.shape_rewards(proxy, aux, ids, distance, fraction=0.5)
+    got = shape_rewards(proxy, aux, ids, distance, fraction=0.5)
     # Means 0.5 and 3; only positive advantages are multiplied, by 1.5 / 1.0 and 0.3 / 0.2.
     torch.testing.assert_close(got.advantage.tolist(), [-0.5, 0.75, -2.0, 3.0], **TOLERANCE)
     assert got.uncertainty.tolist() == [-1.0, 0.0, 0.0, 1.0]
@@ -125,10 +128,8 @@ def test_a_missing_reward_leaves_the_others_as_if_it_were_not_there() -> None:
     keep = torch.ones(40, dtype=torch.bool)
     keep[[3, 17, 30]] = False
     proxy[3], aux[0, 17], aux[1, 30] = torch.nan, torch.nan, torch.nan
-    got = _native.shape_rewards(proxy, aux, ids, distance, 0.2)
-    alone = _native.shape_rewards(
-        proxy[keep], aux[:, keep].contiguous(), ids[keep], distance[keep], 0.2
-    )
+    got = shape_rewards(proxy, aux, ids, distance, 0.2)
+    alone = shape_rewards(proxy[keep], aux[:, keep].contiguous(), ids[keep], distance[keep], 0.2)
     for value, expected in zip(got[:3], alone[:3], strict=True):
         torch.testing.assert_close(value[keep], expected, **TOLERANCE)
         assert not value[~keep].any()
@@ -143,29 +144,24 @@ def test_a_million_samples(scope: str) -> None:
 
 def test_concurrent_calls_agree() -> None:
     proxy, aux, ids, distance = case(20_000, 2, 800, seed=2)
-    expected = _native.shape_rewards(proxy, aux, ids, distance)
+    expected = shape_rewards(proxy, aux, ids, distance)
     with ThreadPoolExecutor(4) as pool:
-        calls = [pool.submit(_native.shape_rewards, proxy, aux, ids, distance) for _ in range(8)]
+        calls = [pool.submit(shape_rewards, proxy, aux, ids, distance) for _ in range(8)]
         for call in calls:
             for value, want in zip(call.result(), expected, strict=True):
                 assert torch.equal(value, want)
 
 
-def test_wrong_inputs_are_refused() -> None:
-    proxy, aux, ids, distance = case(8, 2, 2, seed=0)
+def test_the_core_names_what_it_refuses() -> None:
+    proxy, aux, _, _ = case(8, 2, 2, seed=0)
+    f64 = torch.float64
     with pytest.raises(TypeError, match="proxy: expected dtype torch.float64, got torch.bfloat16"):
-        _native.shape_rewards(proxy.bfloat16(), aux, ids)
-    with pytest.raises(TypeError, match="aux: expected dtype torch.float32, got torch.float64"):
-        _native.shape_rewards(proxy.float(), aux, ids)
+        core.array("proxy", proxy.bfloat16(), f64, (8,))
     with pytest.raises(ValueError, match=r"aux: expected shape \[2, 8\], got \[2, 7\]"):
-        _native.shape_rewards(proxy, aux[:, :7].contiguous(), ids)
+        core.array("aux", aux[:, :7].contiguous(), f64, (2, 8))
     with pytest.raises(ValueError, match="aux: expected a contiguous tensor"):
-        _native.shape_rewards(proxy, aux.t().contiguous().t(), ids)
-    with pytest.raises(ValueError, match="distance: expected a CPU tensor, got device meta"):
-        _native.shape_rewards(proxy, aux, ids, distance.to("meta"))
-    with pytest.raises(
-        ValueError, match="gate: expected one of paper, official, all, off, got 'x'"
-    ):
-        _native.shape_rewards(proxy, aux, ids, gate="x")
-    with pytest.raises(ValueError, match=r"fraction: expected a number in \[0, 1\], got 1.5"):
-        _native.shape_rewards(proxy, aux, ids, fraction=1.5)
+        core.array("aux", aux.t().contiguous().t(), f64, (2, 8))
+    with pytest.raises(ValueError, match="proxy: expected a CPU tensor, got device meta"):
+        core.array("proxy", proxy.to("meta"), f64, (8,))
+    with pytest.raises(ValueError, match="scope: expected one of batch, group, got 'x'"):
+        core.choice("scope", "x", SCOPES)

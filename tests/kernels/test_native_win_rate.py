@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gardo_kernels import _native
+from gardo_kernels import core
+from gardo_kernels.ops.win_rate import native
 
 pytestmark = pytest.mark.skipif(
-    not _native.is_available(), reason=f"C++ core: {_native.unavailable_reason()}"
+    not core.is_available(), reason=f"C++ core: {core.unavailable_reason()}"
 )
 
 
@@ -41,7 +42,7 @@ def test_matches_the_definition(samples: int, num_rewards: int, grouped: bool) -
     rewards[rewards == 3] = torch.inf
     rewards[rewards == 2] = -0.0  # ties with 0
     ids = torch.randint(-2, 3, (samples,), generator=rng) if grouped else None
-    got = _native.win_rate(rewards, ids)
+    got = native.win_rate(rewards, ids)
     torch.testing.assert_close(got, counted(rewards, ids), rtol=0, atol=1e-15, equal_nan=True)
 
 
@@ -50,7 +51,7 @@ def test_large_batches_agree_with_sorting(samples: int) -> None:
     # Both sides of the switch from comparing to counting sort, and several threads.
     rng = torch.Generator().manual_seed(samples)
     distinct = torch.randperm(samples, generator=rng).double() * 1e-300 - 1e-298
-    got = _native.win_rate(distinct[None])
+    got = native.win_rate(distinct[None], None)
     want = torch.argsort(torch.argsort(distinct)).double() / (samples - 1)
     torch.testing.assert_close(got[0], want, rtol=0, atol=1e-15)
 
@@ -71,12 +72,12 @@ def test_sorting_by_the_highest_digits_first(samples: int, spread: str) -> None:
     lower = torch.searchsorted(ordered, rewards)
     not_higher = torch.searchsorted(ordered, rewards, right=True)
     want = (lower + 0.5 * (not_higher - lower - 1).double()) / (samples - 1)
-    got = _native.win_rate(rewards[None])[0]
+    got = native.win_rate(rewards[None], None)[0]
     torch.testing.assert_close(got, want, rtol=0, atol=1e-15)
 
 
 def test_wrong_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match=r"rewards: expected shape \[K, N\], got \[3\]"):
-        _native.win_rate(torch.zeros(3).double())
+        native.win_rate(torch.zeros(3).double(), None)
     with pytest.raises(TypeError, match=r"rewards: expected dtype torch.float64"):
-        _native.win_rate(torch.zeros(1, 3))
+        native.win_rate(torch.zeros(1, 3), None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gardo_kernels as gk
-from gardo_kernels import _native
+from gardo_kernels.ops.nearest_neighbor import native
 
 HAS_FAISS = importlib.util.find_spec("faiss") is not None
 FAISS = pytest.param(
@@ -120,10 +120,10 @@ def test_the_core_refuses_groups_above_a_size(rng):
     ids = torch.randint(-5, 5, (3000,), generator=rng) * 2**40
     features = torch.randn(3000, 4, generator=rng)
     largest = int(ids.unique(return_counts=True)[1].max())
-    assert _native.nearest_neighbor_distance_up_to(features, ids, largest - 1) is None
-    distance = _native.nearest_neighbor_distance_up_to(features, ids, largest)
-    assert torch.equal(distance, _native.nearest_neighbor_distance(features, ids))
-    assert _native.nearest_neighbor_distance_up_to(features[:0], ids[:0], 0).shape == (0,)
+    assert native.distance_up_to(features, ids, largest - 1) is None
+    distance = native.distance_up_to(features, ids, largest)
+    assert torch.equal(distance, native.nearest_neighbor_distance(features, ids))
+    assert native.distance_up_to(features[:0], ids[:0], 0).shape == (0,)
 
 
 @pytest.mark.skipif(HAS_FAISS, reason="faiss is installed")

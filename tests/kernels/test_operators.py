@@ -17,27 +17,24 @@ import gardo_kernels as gk
 def op_samples(backend):
     """Arguments of every operator, as the public functions pass them."""
     v, u, ref, x, prev, old, advantage, gate, coef = grpo_inputs((4, 6), torch.float32, backend)
-    c, device = coef, v.device
+    device = v.device
     a, b = v.clone().requires_grad_(), u.clone().requires_grad_()
     seed = torch.tensor([3], device=device)
     alpha = torch.ones(4, device=device)
     t = torch.rand(4, device=device)
-    affine = (c.a, c.b)
-    density = (c.scale, c.offset)
     ids = torch.tensor([0, 0, 1, 1], device=device)
-    return {
-        "sde_step": (v, x, *affine, c.c, *density, None, seed, u, 3.0, backend),
-        "sde_log_prob": (a, x, prev, *affine, *density, b, 3.0, backend),
-        "velocity_grad": (alpha[0], v, x, prev, *affine, alpha, alpha, ref, u, 3.0, backend),
-        "grpo_loss": (
-            a, x, prev, old, advantage, *affine, *density, c.kl, 0.1, 0.1, 5.0, gate, ref, 0.1,
-            "gated", b, 3.0, backend,
-        ),
-        "nft_loss": (a, u, x, prev, t, advantage, 0.5, 5.0, gate, ref, 0.1, backend),
-        "nft_grad": (alpha[0], v, u, x, prev, t, torch.ones(3, 4, device=device), 0.5, ref,
-                     backend),
-        "nearest_neighbor_distance": (v, ids, backend),
+    table, upstream, one = coef.operands(), alpha[0], torch.ones(3, 4, device=device)
+    samples = {
+        "sde_step": (v, x, table, None, seed, u, 3.0),
+        "sde_log_prob": (a, x, prev, table, b, 3.0),
+        "velocity_grad": (v, x, prev, table, upstream, alpha, alpha, ref, u, 3.0),
+        "grpo_loss": (a, x, prev, old, advantage, table, 0.1, 0.1, 5.0, gate, ref, 0.1, "gated", b,
+                      3.0),
+        "nft_loss": (a, u, x, prev, t, advantage, 0.5, 5.0, gate, ref, 0.1),
+        "nft_grad": (v, u, x, prev, t, upstream, one, 0.5, ref),
+        "nearest_neighbor_distance": (v, ids),
     }  # fmt: skip
+    return {name: (backend, *operands) for name, operands in samples.items()}
 
 
 OPS = [
@@ -87,10 +84,12 @@ def test_shaping_is_an_operator(backend):
     g = torch.Generator().manual_seed(0)
     proxy, aux, features = (torch.randn(*s, generator=g) for s in ((12,), (2, 12), (12, 5)))
     ids = torch.arange(12) % 3
-    ops = torch.ops.gardo
-    arguments = (proxy.double(), aux.double(), ids, None, 0.1, None, "none", "paper", "batch")
-    torch.library.opcheck(ops.shape_rewards.default, (*arguments, backend))
-    torch.library.opcheck(ops.nearest_neighbor_distance.default, (features, ids, backend))
+    ops, wide = torch.ops.gardo, (proxy.double(), aux.double())
+    gate = (*wide, ids, 0.1, None, "over", "half", "all", "group")
+    torch.library.opcheck(ops.gate_samples.default, (backend, *gate))
+    advantages = (wide[0], ids, None, "none", "group_mean")
+    torch.library.opcheck(ops.group_advantages.default, (backend, *advantages))
+    torch.library.opcheck(ops.nearest_neighbor_distance.default, (backend, features, ids))
 
     def shape(proxy, features):
         distance = gk.nearest_neighbor_distance(features, ids, backend=backend)

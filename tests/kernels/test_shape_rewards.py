@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gardo_kernels as gk
-from gardo_kernels import _native
+from gardo_kernels import core
 
 NATIVE = pytest.param(
     "native",
-    marks=pytest.mark.skipif(not _native.is_available(), reason=str(_native.unavailable_reason())),
+    marks=pytest.mark.skipif(not core.is_available(), reason=str(core.unavailable_reason())),
 )
 BACKENDS = ["reference", NATIVE]
 
@@ -230,7 +230,7 @@ def test_threshold_uses_the_fraction_in_double_precision():
         assert int(shaped.gate.sum()) == 2
 
 
-@pytest.mark.skipif(not _native.is_available(), reason=str(_native.unavailable_reason()))
+@pytest.mark.skipif(not core.is_available(), reason=str(core.unavailable_reason()))
 def test_native_equals_reference_on_a_large_epoch():
     for tied in (False, True):
         proxy, aux, ids, distance = (torch.tensor(x) for x in epoch(9, 9216, 3, 384, tied))

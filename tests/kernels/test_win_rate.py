@@ -10,15 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gardo_kernels as gk
-from gardo_kernels import _native
+from gardo_kernels import core
 
 BACKENDS = [
     "reference",
     pytest.param(
         "native",
-        marks=pytest.mark.skipif(
-            not _native.is_available(), reason=str(_native.unavailable_reason())
-        ),
+        marks=pytest.mark.skipif(not core.is_available(), reason=str(core.unavailable_reason())),
     ),
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gardo_kernels import _checks
+from gardo_kernels import checks
 from gardo_kernels.ops.sde import SDECoefficients, sde_coefficients, sde_log_prob, sde_step
 from gardo_kernels.ops.sde.coefficients import gaussian_coefficients
 from gardo_kernels.ops.sde.reference import transition_mean
@@ -41,8 +41,8 @@ def flux_step(
 
     Raises ``TypeError``/``ValueError`` for wrong types, shapes or values.
     """
-    _checks.latents("model_output", model_output)
-    _checks.latents("latents", latents, like=model_output)
+    checks.latents("model_output", model_output)
+    checks.latents("latents", latents, like=model_output)
     if isinstance(index, bool) or not isinstance(index, int):
         raise TypeError(f"index: expected an int, got {type(index).__name__}")
     if not 0 <= index < len(sigmas) - 1:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gardo_kernels import _checks
+from gardo_kernels import checks
+from gardo_kernels.ops.group_advantages import group_advantages
 from gardo_kernels.ops.nearest_neighbor import nearest_neighbor_distance
 from gardo_kernels.ops.sde import SDECoefficients, sde_coefficients, sde_log_prob, sde_step
 from gardo_kernels.ops.sde.reference import transition_mean
-from gardo_kernels.ops.shape_rewards import shape_rewards
 
 __all__ = ["PerPromptStatTracker", "sde_step_with_logprob"]
 
 _KIND_OF = {"sde": "flow", "cps": "cps"}
 _TYPES = ("grpo", "gardo", "rwr", "sft", "dpo")
+_HAS_NUMPY = importlib.util.find_spec("numpy") is not None
 
 
 class FlowScheduler(Protocol):
@@ -61,8 +62,8 @@ def sde_step_with_logprob(
 
     Raises ``TypeError``/``ValueError`` as ``sde_coefficients`` and ``sde_step``.
     """
-    _checks.choice("sde_type", sde_type, tuple(_KIND_OF))
-    _checks.latents("model_output", model_output)
+    checks.choice("sde_type", sde_type, tuple(_KIND_OF))
+    checks.latents("model_output", model_output)
     velocity, current = model_output.float(), sample.float()
     index = _step_indices(scheduler, timestep)
     sigmas = scheduler.sigmas.detach().cpu()
@@ -120,12 +121,16 @@ def _noise(like: Tensor, generator: torch.Generator | list[torch.Generator] | No
 
 
 class PerPromptStatTracker:
-    """Group statistics per prompt; host numpy in and out, computed by the fused ops."""
+    """Group statistics per prompt, computed by the fused ops.
+
+    Takes numpy arrays, tensors or lists, and returns numpy arrays as Flow-GRPO does; CPU tensors
+    where numpy is not installed.
+    """
 
     def __init__(self, global_std: bool = False) -> None:
         """``global_std``: divide by the standard deviation over all samples, not the prompt's."""
         self.global_std = global_std
-        self.stats: dict[Any, np.ndarray] = {}
+        self.stats: dict[Any, Any] = {}
         self.history_prompts: set[int] = set()
 
     def update(
@@ -134,7 +139,7 @@ class PerPromptStatTracker:
         rewards: Any,
         dists: Any = None,
         type: str = "grpo",
-    ) -> np.ndarray:
+    ) -> Any:
         """Advantages of one epoch, float64 in the shape of ``rewards``.
 
         Args:
@@ -148,21 +153,21 @@ class PerPromptStatTracker:
         Raises:
             TypeError, ValueError: wrong type, shape or value.
         """
-        _checks.choice("type", type, _TYPES)
-        values = np.asarray(rewards, dtype=np.float64)
-        if values.ndim not in (1, 2) or len(values) != len(prompts):
+        checks.choice("type", type, _TYPES)
+        values = _tensor(rewards).to(torch.float64)
+        if values.dim() not in (1, 2) or len(values) != len(prompts):
             raise ValueError(
                 f"rewards: expected shape [{len(prompts)}] or [{len(prompts)}, T], "
                 f"got {list(values.shape)}"
             )
-        names, ids = np.unique(np.asarray(prompts), return_inverse=True)
-        for position, name in enumerate(names.tolist()):
-            self.stats[name] = values[ids == position]
+        names = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)
+        number = {name: position for position, name in enumerate(dict.fromkeys(names))}
+        groups = torch.tensor([number[name] for name in names], dtype=torch.int64)
+        for name, position in number.items():
+            self.stats[name] = _returned(values[groups == position])
             self.history_prompts.add(hash(name))
-        columns = values[:, None] if values.ndim == 1 else values
-        groups = torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64))
-        advantages = self._advantages(torch.from_numpy(columns.copy()), groups, dists, type)
-        return advantages.numpy().reshape(values.shape)
+        columns = values[:, None] if values.dim() == 1 else values
+        return _returned(self._advantages(columns, groups, dists, type).view(values.shape))
 
     def _advantages(self, columns: Tensor, groups: Tensor, dists: Any, type: str) -> Tensor:
         if type == "rwr":
@@ -175,14 +180,10 @@ class PerPromptStatTracker:
         if type == "gardo":
             norm = "none"
             if dists is not None:
-                features = torch.as_tensor(np.asarray(dists))
-                distance = nearest_neighbor_distance(features, groups).to(torch.float64)
-        no_aux = columns.new_empty(0, len(columns))
-        shaped = [
-            shape_rewards(c, no_aux, groups, distance, advantage_norm=norm, gate="off").advantage
-            for c in columns.unbind(1)
-        ]
-        return torch.stack(shaped, dim=1)
+                distance = nearest_neighbor_distance(_tensor(dists), groups)
+        columns = columns.contiguous()
+        advantages = [group_advantages(c, groups, distance, norm) for c in columns.unbind(1)]
+        return torch.stack(advantages, dim=1)
 
     def get_stats(self) -> tuple[float, int]:
         """Mean group size, and the number of distinct prompts seen so far."""
@@ -192,6 +193,17 @@ class PerPromptStatTracker:
     def clear(self) -> None:
         """Forget the groups; the count of distinct prompts stays."""
         self.stats = {}
+
+
+def _tensor(values: Any) -> Tensor:
+    """A CPU tensor of an array, a tensor, or a list of numbers, arrays or tensors."""
+    if isinstance(values, (list, tuple)) and values and not isinstance(values[0], (int, float)):
+        return torch.stack([_tensor(value) for value in values])
+    return torch.as_tensor(values).detach().cpu()
+
+
+def _returned(values: Tensor) -> Any:
+    return values.numpy() if _HAS_NUMPY else values
 
 
 def _best(rewards: Tensor, groups: Tensor) -> Tensor:

@@ -6,19 +6,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gardo_kernels import _backends, _checks
-from gardo_kernels._inference import ordinary
+from gardo_kernels import backends, checks
+from gardo_kernels.inference import ordinary
 from gardo_kernels.ops.grpo_loss import fused, reference
 from gardo_kernels.ops.sde import SDECoefficients, check_density, check_velocities
 
 __all__ = ["GRPOLoss", "grpo_loss"]
 
-#: Backends by name, best first.
-BACKENDS: dict[str, _backends.Availability] = {
-    "native": _backends.native_cpu,
-    "triton": _backends.triton,
-    "reference": _backends.always,
-}
+#: Backends by name, best first: the files of this folder.
+BACKENDS = backends.discover(__name__, __path__)
 _KL_REDUCTIONS = ("gated", "batch")
 
 
@@ -88,25 +84,25 @@ def grpo_loss(
     check_velocities(velocity, sample, coef, velocity_uncond, guidance_scale)
     check_density(coef)
     batch, device = velocity.shape[0], velocity.device
-    _checks.latents("prev_sample", prev_sample, like=velocity)
-    _checks.per_sample("old_log_prob", old_log_prob, batch, device)
-    _checks.per_sample("advantage", advantage, batch, device)
+    checks.latents("prev_sample", prev_sample, like=velocity)
+    checks.per_sample("old_log_prob", old_log_prob, batch, device)
+    checks.per_sample("advantage", advantage, batch, device)
     eps = _clip_bounds(clip_range)
-    _checks.number("adv_clip", adv_clip, low=0.0, exclusive_low=True)
+    checks.number("adv_clip", adv_clip, low=0.0, exclusive_low=True)
     check_kl(velocity, gate, ref_velocity, kl_coef)
-    _checks.choice("kl_reduction", kl_reduction, _KL_REDUCTIONS)
-    dtype = _checks.compute_dtype(
+    checks.choice("kl_reduction", kl_reduction, _KL_REDUCTIONS)
+    dtype = checks.compute_dtype(
         velocity, sample, prev_sample, velocity_uncond, ref_velocity, coef.a
     )
-    chosen = _backends.select("grpo_loss", backend, device, dtype, BACKENDS)
-    arguments = (
+    chosen = backends.select("grpo_loss", backend, device, dtype, BACKENDS)
+    operands: tuple[Any, ...] = (
         velocity,
         sample,
         prev_sample,
         old_log_prob,
         advantage,
-        coef,
-        eps,
+        coef if chosen == "reference" else coef.operands(),
+        *eps,
         float(adv_clip),
         gate,
         ref_velocity,
@@ -116,9 +112,11 @@ def grpo_loss(
         float(guidance_scale),
     )
     if chosen == "reference":
-        loss, *rest = reference.grpo_loss(*ordinary(arguments), dtype)
+        loss, *rest = reference.grpo_loss(*ordinary((*operands, dtype)))
         return GRPOLoss(loss, *(value.detach() for value in rest))
-    return GRPOLoss(*fused.grpo_loss(*arguments, chosen))
+    loss, stats, log_prob, ratio, _, _ = fused.grpo_loss(chosen, *operands)
+    policy_loss, kl, clip_fraction = stats.unbind()
+    return GRPOLoss(loss, policy_loss, kl, log_prob, ratio, clip_fraction)
 
 
 def check_kl(
@@ -126,10 +124,10 @@ def check_kl(
 ) -> None:
     """Checks shared by the losses with a gated KL."""
     if gate is not None:
-        _checks.mask("gate", gate, velocity.shape[0], velocity.device)
-    _checks.number("kl_coef", kl_coef, low=0.0)
+        checks.mask("gate", gate, velocity.shape[0], velocity.device)
+    checks.number("kl_coef", kl_coef, low=0.0)
     if ref_velocity is not None:
-        _checks.latents("ref_velocity", ref_velocity, like=velocity)
+        checks.latents("ref_velocity", ref_velocity, like=velocity)
     elif kl_coef != 0:
         raise ValueError(f"ref_velocity: expected a tensor for kl_coef {kl_coef}, got None")
 
@@ -145,6 +143,6 @@ def _clip_bounds(clip_range: Any) -> tuple[float, float]:
     else:
         low = high = clip_range
     return (
-        _checks.number("clip_range", low, low=0.0, high=1.0),
-        _checks.number("clip_range", high, low=0.0),
+        checks.number("clip_range", low, low=0.0, high=1.0),
+        checks.number("clip_range", high, low=0.0),
     )

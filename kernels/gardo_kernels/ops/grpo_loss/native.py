@@ -1,10 +1,16 @@
-"""CPU kernels of the GRPO loss (see ``_native`` and ``csrc``), in the signature of ``fused``."""
+"""The C++ kernel of the GRPO loss, on CPU latents (see ``ops/sde/native.py``)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from gardo_kernels import _native
+from gardo_kernels import core
+from gardo_kernels.ops.sde.native import policy, row_scalars
+
+KL_REDUCTIONS = ("gated", "batch")
 
 
 def grpo_loss(
@@ -13,11 +19,7 @@ def grpo_loss(
     prev_sample: Tensor,
     old_log_prob: Tensor,
     advantage: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    kl: Tensor,
+    coef: Sequence[Tensor],
     clip_low: float,
     clip_high: float,
     adv_clip: float,
@@ -28,25 +30,38 @@ def grpo_loss(
     velocity_uncond: Tensor | None,
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``loss, stats [3] (policy_loss, kl, clip_fraction), log_prob, ratio, alpha, beta``."""
-    return _native.grpo_loss(
-        velocity.contiguous(),
-        sample.contiguous(),
-        prev_sample.contiguous(),
-        _native.as_float32(old_log_prob),
-        _native.as_float32(advantage),
-        a,
-        b,
-        scale,
-        offset,
-        kl,
-        1.0 - clip_low,
-        1.0 + clip_high,
-        adv_clip,
-        None if gate is None else gate.contiguous(),
-        None if ref_velocity is None else ref_velocity.contiguous(),
-        kl_coef,
-        kl_reduction,
-        None if velocity_uncond is None else velocity_uncond.contiguous(),
-        guidance_scale,
+    """``loss, stats [3] (policy_loss, kl, clip_fraction), log_prob, ratio, alpha, beta``.
+
+    The ratio is clamped to ``[1 - clip_low, 1 + clip_high]``. Rows outside the gate do not read
+    ``ref_velocity``. ``alpha`` and ``beta`` ``[B]`` are the weights of ``velocity_grad`` that give
+    the gradient of the loss.
+    """
+    velocity, sample, prev_sample = (x.contiguous() for x in (velocity, sample, prev_sample))
+    velocity_uncond, ref_velocity = core.dense(velocity_uncond), core.dense(ref_velocity)
+    old_log_prob, advantage = core.as_float32(old_log_prob), core.as_float32(advantage)
+    call = core.require_core().grpo_loss
+    arguments = policy(velocity, sample, velocity_uncond, guidance_scale)
+    rows = arguments["rows"]
+    loss, stats = core.float32(), core.float32(3)
+    log_prob, ratio, alpha, beta = (core.float32(rows) for _ in range(4))
+    call(
+        **arguments,
+        coef=row_scalars(coef, rows),
+        prev_sample=core.latents("prev_sample", prev_sample, velocity),
+        ref_velocity=core.latents("ref_velocity", ref_velocity, velocity),
+        old_log_prob=core.array("old_log_prob", old_log_prob, torch.float32, (rows,)),
+        advantage=core.array("advantage", advantage, torch.float32, (rows,)),
+        gate=core.array("gate", core.dense(gate), torch.bool, (rows,)),
+        clip_low=1.0 - clip_low,
+        clip_high=1.0 + clip_high,
+        adv_clip=adv_clip,
+        kl_coef=kl_coef,
+        kl_reduction=core.choice("kl_reduction", kl_reduction, KL_REDUCTIONS),
+        loss=loss.data_ptr(),
+        stats=stats.data_ptr(),
+        log_prob=log_prob.data_ptr(),
+        ratio=ratio.data_ptr(),
+        alpha=alpha.data_ptr(),
+        beta=beta.data_ptr(),
     )
+    return loss, stats, log_prob, ratio, alpha, beta

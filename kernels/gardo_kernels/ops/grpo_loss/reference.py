@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gardo_kernels._reduce import row_mean
 from gardo_kernels.ops.sde.coefficients import SDECoefficients
 from gardo_kernels.ops.sde.reference import guided, log_prob_of, transition_mean
+from gardo_kernels.row_sums import row_mean
 
 
 def grpo_loss(
@@ -17,7 +17,8 @@ def grpo_loss(
     old_log_prob: Tensor,
     advantage: Tensor,
     coef: SDECoefficients,
-    clip_range: tuple[float, float],
+    clip_low: float,
+    clip_high: float,
     adv_clip: float,
     gate: Tensor | None,
     ref_velocity: Tensor | None,
@@ -33,7 +34,9 @@ def grpo_loss(
     mean = transition_mean(v, sample.detach().to(dtype), coef)
     log_prob = log_prob_of(prev_sample.detach().to(dtype), mean, coef)
     log_ratio = log_prob - old_log_prob.detach().to(dtype)
-    policy, ratio, clipped = policy_terms(log_ratio, advantage.detach(), clip_range, adv_clip)
+    policy, ratio, clipped = policy_terms(
+        log_ratio, advantage.detach(), 1 - clip_low, 1 + clip_high, adv_clip
+    )
     rows = max(policy.shape[0], 1)  # an empty batch has loss 0
     policy_loss = policy.sum() / rows
     if ref_velocity is None:
@@ -46,10 +49,9 @@ def grpo_loss(
 
 
 def policy_terms(
-    log_ratio: Tensor, advantage: Tensor, clip_range: tuple[float, float], adv_clip: float
+    log_ratio: Tensor, advantage: Tensor, low: float, high: float, adv_clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per sample: the clipped policy loss, the ratio, and whether the ratio left the clip range."""
-    low, high = 1 - clip_range[0], 1 + clip_range[1]
     a = advantage.to(log_ratio.dtype).clamp(-adv_clip, adv_clip)
     ratio = torch.exp(log_ratio.detach())
     bound = -a * ratio.clamp(low, high)

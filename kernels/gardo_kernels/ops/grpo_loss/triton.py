@@ -4,14 +4,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels import _triton as common
-from gardo_kernels._triton import log_prob_from, row_totals
+from gardo_kernels import triton_helpers as common
 from gardo_kernels.ops.sde.triton import residual_sums
+from gardo_kernels.triton_helpers import log_prob_from, row_totals
 
 
 @triton.jit
@@ -85,11 +87,7 @@ def grpo_loss(
     prev_sample: Tensor,
     old_log_prob: Tensor,
     advantage: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    kl: Tensor,
+    coef: Sequence[Tensor],
     clip_low: float,
     clip_high: float,
     adv_clip: float,
@@ -110,8 +108,9 @@ def grpo_loss(
     if batch == 0:
         return loss, stats, log_prob, ratio, alpha, beta
     partial, partial_kl, cut = residual_sums(
-        velocity, sample, prev_sample, a, b, velocity_uncond, guidance_scale, gate, ref_velocity
+        velocity, sample, prev_sample, coef, velocity_uncond, guidance_scale, gate, ref_velocity
     )
+    _, b, _, scale, offset, kl = coef
     strided = (
         *(b, common.stride_of(b), scale, common.stride_of(scale)),
         *(offset, common.stride_of(offset), kl, common.stride_of(kl)),
@@ -135,3 +134,14 @@ def grpo_loss(
         num_warps=common.FINAL_WARPS,
     )
     return loss, stats, log_prob, ratio, alpha, beta
+
+
+def call_every_form(dtype: torch.dtype) -> None:
+    """Launch the kernels in every form that they are compiled in (see ``aot``)."""
+    v = torch.zeros(4, 16, 64, 64, dtype=dtype)
+    x, row, coef = torch.zeros(v.shape), torch.zeros(4), [torch.zeros(())] * 6
+    for uncond in (None, v):
+        for ref in (None, v):
+            for gate in (None, torch.zeros(4, dtype=torch.bool)):
+                step, clip = (v, x, x, row, row, coef), (1e-4, 1e-4, 5.0)
+                grpo_loss(*step, *clip, gate, ref, 0.04, "gated", uncond, 4.5)

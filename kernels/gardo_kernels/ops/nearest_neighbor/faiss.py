@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gardo_kernels.checks import compute_dtype
 from gardo_kernels.ops.nearest_neighbor.reference import normalized
 
 # Looked up once: a search of the import path takes as long as the distances of a small group.
@@ -35,7 +36,7 @@ def nearest_neighbor_distance(features: Tensor, group_ids: Tensor) -> Tensor:
         if len(usable) > 1:
             distance[usable] = _within(faiss, unit[usable])
     distance[unit.isnan().any(-1)] = torch.nan
-    return distance.to(features.device)
+    return distance.to(features.device, compute_dtype(features))
 
 
 def _within(faiss: Any, unit: Tensor) -> Tensor:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gardo_kernels.checks import compute_dtype
+
 # Bounds the [groups, rows, members] similarity block, so that large groups stay in memory.
 _MAX_BLOCK = 1 << 24
 
 
 def nearest_neighbor_distance(features: Tensor, group_ids: Tensor) -> Tensor:
-    """Cosine distance to the nearest other member, ``[N]`` float64; 0 for a singleton.
+    """Cosine distance to the nearest other member, ``[N]``; 0 for a singleton.
 
-    In float64 because 1 - cosine cancels: near-duplicates would be rounding noise in float32.
+    Computed in float64 because 1 - cosine cancels: near-duplicates would be rounding noise.
     """
     unit = normalized(features.to(torch.float64))
     distance = torch.zeros(features.shape[0], dtype=torch.float64, device=features.device)
@@ -27,7 +29,8 @@ def nearest_neighbor_distance(features: Tensor, group_ids: Tensor) -> Tensor:
         groups_per_block = max(1, _MAX_BLOCK // (size * max(size, features.shape[1])))
         for members in index.split(groups_per_block):
             distance[members] = _within(unit[members])
-    return torch.where(unit.isnan().any(-1), torch.nan, distance)
+    distance = torch.where(unit.isnan().any(-1), torch.nan, distance)
+    return distance.to(compute_dtype(features))
 
 
 def normalized(features: Tensor) -> Tensor:

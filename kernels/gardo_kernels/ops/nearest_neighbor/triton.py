@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels import _triton as common
+from gardo_kernels import triton_helpers as common
 
 _MEMBERS = 32  # members per block: one block holds the usual group of 24
 _FEATURES = 32  # feature columns per block
@@ -90,3 +90,9 @@ def nearest_neighbor_distance(features: Tensor, group_ids: Tensor) -> Tensor:
         num_warps=_WARPS,
     )
     return distance
+
+
+def call_every_form(dtype: torch.dtype) -> None:
+    """Launch the kernel in every form that it is compiled in (see ``aot``)."""
+    features = torch.zeros(48, 1024, dtype=dtype)
+    nearest_neighbor_distance(features, torch.zeros(48, dtype=torch.int64))

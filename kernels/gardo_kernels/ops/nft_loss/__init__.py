@@ -6,19 +6,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from gardo_kernels import _backends, _checks
-from gardo_kernels._inference import ordinary
+from gardo_kernels import backends, checks
+from gardo_kernels.inference import ordinary
 from gardo_kernels.ops.grpo_loss import check_kl
 from gardo_kernels.ops.nft_loss import fused, reference
 
 __all__ = ["NFTLoss", "nft_loss"]
 
-#: Backends by name, best first.
-BACKENDS: dict[str, _backends.Availability] = {
-    "native": _backends.native_cpu,
-    "triton": _backends.triton,
-    "reference": _backends.always,
-}
+#: Backends by name, best first: the files of this folder.
+BACKENDS = backends.discover(__name__, __path__)
 _KL_WHEN_UNGATED = ("none", "all")
 
 
@@ -77,23 +73,25 @@ def nft_loss(
         TypeError, ValueError: wrong type, shape, dtype, device or value.
         BackendUnavailable: the backend asked for cannot run here.
     """
-    _checks.latents("velocity", velocity)
+    checks.latents("velocity", velocity)
     batch, device = velocity.shape[0], velocity.device
     for name, value in (("old_velocity", old_velocity), ("x0", x0), ("xt", xt)):
-        _checks.latents(name, value, like=velocity)
-    _checks.floating("t", t)
+        checks.latents(name, value, like=velocity)
+    checks.floating("t", t)
     if t.dim() == 0:
-        _checks.same_device("t", t, device)
+        checks.same_device("t", t, device)
     else:
-        _checks.shaped("t", t, (batch,), device)
-    _checks.per_sample("advantage", advantage, batch, device)
-    _checks.number("beta", beta, low=0.0, exclusive_low=True)
-    _checks.number("adv_clip", adv_clip, low=0.0, exclusive_low=True)
+        checks.shaped("t", t, (batch,), device)
+    checks.per_sample("advantage", advantage, batch, device)
+    checks.number("beta", beta, low=0.0, exclusive_low=True)
+    checks.number("adv_clip", adv_clip, low=0.0, exclusive_low=True)
     check_kl(velocity, gate, ref_velocity, kl_coef)
-    _checks.choice("kl_when_ungated", kl_when_ungated, _KL_WHEN_UNGATED)
-    dtype = _checks.compute_dtype(velocity, old_velocity, x0, xt, ref_velocity)
-    chosen = _backends.select("nft_loss", backend, device, dtype, BACKENDS)
-    arguments = (
+    checks.choice("kl_when_ungated", kl_when_ungated, _KL_WHEN_UNGATED)
+    dtype = checks.compute_dtype(velocity, old_velocity, x0, xt, ref_velocity)
+    chosen = backends.select("nft_loss", backend, device, dtype, BACKENDS)
+    if gate is not None and kl_when_ungated == "all":
+        gate = gate | ~gate.any()
+    operands = (
         velocity,
         old_velocity,
         x0,
@@ -105,10 +103,10 @@ def nft_loss(
         gate,
         ref_velocity,
         float(kl_coef),
-        kl_when_ungated,
     )
     if chosen == "reference":
-        loss, policy_loss, kl = reference.nft_loss(*ordinary(arguments), dtype)
+        loss, policy_loss, kl = reference.nft_loss(*ordinary((*operands, dtype)))
     else:
-        loss, policy_loss, kl = fused.nft_loss(*arguments, chosen)
+        loss, stats, _ = fused.nft_loss(chosen, *operands)
+        policy_loss, kl = stats.unbind()
     return NFTLoss(loss, policy_loss.detach(), kl.detach())

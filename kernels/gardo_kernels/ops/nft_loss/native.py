@@ -1,10 +1,33 @@
-"""CPU kernels of the DiffusionNFT loss (see ``_native`` and ``csrc``), as ``fused`` calls them."""
+"""The C++ kernels of the DiffusionNFT loss, on CPU latents (see ``ops/sde/native.py``)."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from gardo_kernels import _native
+from gardo_kernels import core, host_memory
+
+
+def _tensors(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    x0: Tensor,
+    xt: Tensor,
+    t: Tensor,
+    ref_velocity: Tensor | None,
+) -> dict[str, Any]:
+    size = core.extent(velocity)
+    return {
+        **size,
+        "velocity": core.latents("velocity", velocity, velocity),
+        "old_velocity": core.latents("old_velocity", old_velocity, velocity),
+        "x0": core.latents("x0", x0, velocity),
+        "xt": core.latents("xt", xt, velocity),
+        "ref_velocity": core.latents("ref_velocity", ref_velocity, velocity),
+        "t": core.row_scalar("t", t, size["rows"]),
+    }
 
 
 def nft_loss(
@@ -20,44 +43,57 @@ def nft_loss(
     ref_velocity: Tensor | None,
     kl_coef: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``loss``, ``stats [2]`` (policy_loss, kl), ``weights [3, B]`` of the gradient."""
-    return _native.nft_loss(
-        velocity.contiguous(),
-        old_velocity.contiguous(),
-        x0.contiguous(),
-        xt.contiguous(),
-        _native.as_float32(t),
-        _native.as_float32(advantage),
-        beta,
-        adv_clip,
-        None if gate is None else gate.contiguous(),
-        None if ref_velocity is None else ref_velocity.contiguous(),
-        kl_coef,
+    """``loss``, ``stats [2]`` (policy_loss, kl), ``weights [3, B]`` of the gradient.
+
+    Rows outside the gate do not read ``ref_velocity``; no gated row gives KL 0.
+    """
+    velocity, old_velocity = velocity.contiguous(), old_velocity.contiguous()
+    x0, xt, ref_velocity = x0.contiguous(), xt.contiguous(), core.dense(ref_velocity)
+    t, advantage = core.as_float32(t), core.as_float32(advantage)
+    call = core.require_core().nft_loss
+    arguments = _tensors(velocity, old_velocity, x0, xt, t, ref_velocity)
+    rows = arguments["rows"]
+    loss, stats, weights = core.float32(), core.float32(2), core.float32(3, rows)
+    call(
+        **arguments,
+        beta=beta,
+        advantage=core.array("advantage", advantage, torch.float32, (rows,)),
+        gate=core.array("gate", core.dense(gate), torch.bool, (rows,)),
+        adv_clip=adv_clip,
+        kl_coef=kl_coef,
+        loss=loss.data_ptr(),
+        stats=stats.data_ptr(),
+        weights=weights.data_ptr(),
     )
+    return loss, stats, weights
 
 
 def nft_grad(
-    grad: Tensor,
     velocity: Tensor,
     old_velocity: Tensor,
     x0: Tensor,
     xt: Tensor,
     t: Tensor,
+    grad: Tensor,
     weights: Tensor,
     beta: float,
     ref_velocity: Tensor | None,
 ) -> Tensor:
-    """Gradient of the loss by ``velocity``, times the 0-d ``grad``."""
-    positive, negative, kl = (weights * grad).unbind()
-    return _native.nft_backward(
-        velocity.contiguous(),
-        old_velocity.contiguous(),
-        x0.contiguous(),
-        xt.contiguous(),
-        _native.as_float32(t),
-        beta,
-        positive,
-        negative,
-        kl,
-        None if ref_velocity is None else ref_velocity.contiguous(),
+    """Gradient of the loss by ``velocity``, times the 0-d ``grad``, in velocity's dtype.
+
+    ``weights[0]*e+ + weights[1]*e- + weights[2]*(v - v_ref)`` per row, with the errors of the two
+    implicit predictions.
+    """
+    velocity, old_velocity = velocity.contiguous(), old_velocity.contiguous()
+    x0, xt, ref_velocity = x0.contiguous(), xt.contiguous(), core.dense(ref_velocity)
+    t, scaled = core.as_float32(t), weights * grad
+    call = core.require_core().nft_grad
+    arguments = _tensors(velocity, old_velocity, x0, xt, t, ref_velocity)
+    by_velocity = host_memory.empty(velocity.shape, velocity.dtype)
+    call(
+        **arguments,
+        beta=beta,
+        weights=core.array("weights", scaled, torch.float32, (3, arguments["rows"])),
+        grad_velocity=core.latents("grad_velocity", by_velocity, velocity),
     )
+    return by_velocity

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gardo_kernels._reduce import row_mean
 from gardo_kernels.ops.grpo_loss.reference import gated_mean_square
 from gardo_kernels.ops.sde.reference import row_coefficient
+from gardo_kernels.row_sums import row_mean
 
 _WEIGHT_FLOOR = 1e-5
 
@@ -24,7 +24,6 @@ def nft_loss(
     gate: Tensor | None,
     ref_velocity: Tensor | None,
     kl_coef: float,
-    kl_when_ungated: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``loss, policy_loss, kl``."""
@@ -42,10 +41,7 @@ def nft_loss(
     if ref_velocity is None:
         kl = torch.zeros_like(policy_loss)
     else:
-        ref = ref_velocity.detach().to(dtype)
-        if gate is not None and kl_when_ungated == "all":
-            gate = gate | ~gate.any()
-        kl = gated_mean_square(v, ref, gate, "gated")
+        kl = gated_mean_square(v, ref_velocity.detach().to(dtype), gate, "gated")
     return policy_loss + kl_coef * kl, policy_loss, kl
 
 

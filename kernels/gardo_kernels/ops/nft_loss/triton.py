@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels import _triton as common
-from gardo_kernels._triton import load, row_and_start
+from gardo_kernels import triton_helpers as common
+from gardo_kernels.triton_helpers import load, row_and_start
 
 _SUMS = 5  # |e+|, e+^2, |e-|, e-^2, (v - v_ref)^2
 _WEIGHT_FLOOR = tl.constexpr(1e-5)
@@ -224,12 +224,12 @@ def nft_loss(
 
 
 def nft_grad(
-    grad: Tensor,
     velocity: Tensor,
     old_velocity: Tensor,
     x0: Tensor,
     xt: Tensor,
     t: Tensor,
+    grad: Tensor,
     weights: Tensor,
     beta: float,
     ref_velocity: Tensor | None,
@@ -251,3 +251,13 @@ def nft_grad(
         TILES=cut.tiles,
     )
     return grad_v
+
+
+def call_every_form(dtype: torch.dtype) -> None:
+    """Launch the kernels in every form that they are compiled in (see ``aot``)."""
+    v = torch.zeros(4, 16, 64, 64, dtype=dtype)
+    x, row, scalar = torch.zeros(v.shape), torch.zeros(4), torch.zeros(())
+    for ref in (None, v):
+        for gate in (None, torch.zeros(4, dtype=torch.bool)):
+            nft_loss(v, v, x, x, row, row, 1.0, 5.0, gate, ref, 0.04)
+        nft_grad(v, v, x, x, row, scalar, torch.zeros(3, 4), 1.0, ref)

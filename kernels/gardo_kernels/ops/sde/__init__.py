@@ -8,20 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gardo_kernels import _backends, _checks
-from gardo_kernels._inference import ordinary
+from gardo_kernels import backends, checks
+from gardo_kernels.inference import ordinary
 from gardo_kernels.ops.sde import fused, reference
 from gardo_kernels.ops.sde.coefficients import SDECoefficients, sde_coefficients
 from gardo_kernels.ops.sde.philox import philox_normal
 
 __all__ = ["SDECoefficients", "SDEStep", "sde_coefficients", "sde_log_prob", "sde_step"]
 
-#: Backends by name, best first.
-BACKENDS: dict[str, _backends.Availability] = {
-    "native": _backends.native_cpu,
-    "triton": _backends.triton,
-    "reference": _backends.always,
-}
+#: Backends by name, best first: the files of this folder.
+BACKENDS = backends.discover(__name__, __path__)
 
 
 class SDEStep(NamedTuple):
@@ -73,11 +69,11 @@ def sde_step(
     if noise is not None and seed is not None:
         raise ValueError("seed: expected None when noise is given, got both")
     if noise is not None:
-        _checks.latents("noise", noise, like=velocity)
+        checks.latents("noise", noise, like=velocity)
     if seed is not None:
         seed = _seed_tensor(seed, velocity.device)
-    dtype = _checks.compute_dtype(velocity, sample, noise, velocity_uncond, coef.a)
-    chosen = _backends.select("sde_step", backend, velocity.device, dtype, BACKENDS)
+    dtype = checks.compute_dtype(velocity, sample, noise, velocity_uncond, coef.a)
+    chosen = backends.select("sde_step", backend, velocity.device, dtype, BACKENDS)
     guidance = float(guidance_scale)
     if coef.kind == "ode":
         noise = seed = None
@@ -85,9 +81,10 @@ def sde_step(
         seed = torch.randint(2**62, (1,), device=velocity.device)
     with torch.no_grad():
         if chosen != "reference":
+            table = coef.operands()
             return SDEStep(
                 *fused.sde_step(
-                    velocity, sample, coef, noise, seed, velocity_uncond, guidance, chosen
+                    chosen, velocity, sample, table, noise, seed, velocity_uncond, guidance
                 )
             )
         if seed is not None:
@@ -114,15 +111,16 @@ def sde_log_prob(
     :func:`sde_step` otherwise.
     """
     check_velocities(velocity, sample, coef, velocity_uncond, guidance_scale)
-    _checks.latents("prev_sample", prev_sample, like=velocity)
+    checks.latents("prev_sample", prev_sample, like=velocity)
     check_density(coef)
-    dtype = _checks.compute_dtype(velocity, sample, prev_sample, velocity_uncond, coef.a)
-    chosen = _backends.select("sde_log_prob", backend, velocity.device, dtype, BACKENDS)
+    dtype = checks.compute_dtype(velocity, sample, prev_sample, velocity_uncond, coef.a)
+    chosen = backends.select("sde_log_prob", backend, velocity.device, dtype, BACKENDS)
     guidance = float(guidance_scale)
     if chosen != "reference":
-        return fused.sde_log_prob(
-            velocity, sample, prev_sample, coef, velocity_uncond, guidance, chosen
+        log_prob: Tensor = fused.sde_log_prob(
+            chosen, velocity, sample, prev_sample, coef.operands(), velocity_uncond, guidance
         )
+        return log_prob
     return reference.sde_log_prob(
         velocity,
         ordinary(sample),
@@ -142,8 +140,8 @@ def check_velocities(
     guidance_scale: float,
 ) -> None:
     """Checks shared by the ops that evaluate an SDE step."""
-    _checks.latents("velocity", velocity)
-    _checks.latents("sample", sample, like=velocity)
+    checks.latents("velocity", velocity)
+    checks.latents("sample", sample, like=velocity)
     if not isinstance(coef, SDECoefficients):
         raise TypeError(f"coef: expected SDECoefficients, got {type(coef).__name__}")
     if coef.shape and coef.shape != velocity.shape[:1]:
@@ -152,9 +150,9 @@ def check_velocities(
         )
     if coef.device != velocity.device:
         raise ValueError(f"coef: expected device {velocity.device}, got {coef.device}")
-    _checks.number("guidance_scale", guidance_scale)
+    checks.number("guidance_scale", guidance_scale)
     if velocity_uncond is not None:
-        _checks.latents("velocity_uncond", velocity_uncond, like=velocity)
+        checks.latents("velocity_uncond", velocity_uncond, like=velocity)
     elif guidance_scale != 1.0:
         raise ValueError(
             f"velocity_uncond: expected a tensor for guidance_scale {guidance_scale}, got None"
@@ -173,7 +171,7 @@ def _seed_tensor(seed: Any, device: torch.device) -> Tensor:
             raise TypeError(f"seed: expected dtype torch.int64, got {seed.dtype}")
         if seed.numel() != 1:
             raise ValueError(f"seed: expected one element, got shape {list(seed.shape)}")
-        return _checks.same_device("seed", seed, device)
+        return checks.same_device("seed", seed, device)
     if isinstance(seed, bool) or not isinstance(seed, (int, numbers.Integral)):
         raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
     value = int(seed)

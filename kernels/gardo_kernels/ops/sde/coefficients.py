@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gardo_kernels import _checks
+from gardo_kernels import checks
 
 KINDS = ("flow", "cps", "dance", "ode")
+#: The fields that kernels read, in the order in which they are handed over.
+OPERANDS = ("a", "b", "c", "scale", "offset", "kl")
 KL_SCALES = ("exact", "official")
 
 
@@ -57,6 +59,10 @@ class SDECoefficients:
     def tensors(self) -> dict[str, Tensor]:
         """The tensor fields by name, without ``kind``."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "kind"}
+
+    def operands(self) -> list[Tensor]:
+        """The fields that kernels read, as the one tensor list that they take (`OPERANDS`)."""
+        return [self.a, self.b, self.c, self.scale, self.offset, self.kl]
 
     def to(self, device: torch.device | str) -> SDECoefficients:
         """The same coefficients on ``device``."""
@@ -115,9 +121,9 @@ def sde_coefficients(
 
     Raises ``TypeError``/``ValueError`` for wrong types, shapes or values.
     """
-    _checks.choice("kind", kind, KINDS)
-    _checks.choice("kl_scale", kl_scale, KL_SCALES)
-    eta = _checks.number("noise_level", noise_level, low=0.0)
+    checks.choice("kind", kind, KINDS)
+    checks.choice("kl_scale", kl_scale, KL_SCALES)
+    eta = checks.number("noise_level", noise_level, low=0.0)
     if kind == "cps" and eta > 1:
         raise ValueError(f"noise_level: expected a number in [0, 1] for kind 'cps', got {eta}")
     if dtype not in (torch.float32, torch.float64):
@@ -193,13 +199,13 @@ def _gaussian_terms(c: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sigma(name: str, value: Any, device: torch.device | None) -> Tensor:
     if isinstance(value, Tensor):
-        _checks.floating(name, value)
+        checks.floating(name, value)
         if device is not None:
-            _checks.same_device(name, value, device)
+            checks.same_device(name, value, device)
         if value.dim() > 1:
             raise ValueError(f"{name}: expected shape [] or [B], got {list(value.shape)}")
         return value.detach().to(torch.float64)
-    return torch.tensor(_checks.number(name, value), dtype=torch.float64, device=device)
+    return torch.tensor(checks.number(name, value), dtype=torch.float64, device=device)
 
 
 def _check_range(s: Tensor, s_next: Tensor) -> None:
@@ -224,13 +230,13 @@ def _finite_sigma(s: Tensor, sigma_max: Tensor | float | None) -> Tensor:
             )
         return s
     if isinstance(sigma_max, Tensor):
-        _checks.floating("sigma_max", sigma_max)
+        checks.floating("sigma_max", sigma_max)
         if sigma_max.numel() != 1:
             raise ValueError(f"sigma_max: expected one value, got shape {list(sigma_max.shape)}")
         limit = sigma_max.detach().reshape(()).to(device=s.device, dtype=torch.float64)
     else:
         limit = torch.tensor(
-            _checks.number("sigma_max", sigma_max), dtype=torch.float64, device=s.device
+            checks.number("sigma_max", sigma_max), dtype=torch.float64, device=s.device
         )
     if limit.device.type == "cpu" and not 0 < float(limit) < 1 and bool((s == 1).any()):
         raise ValueError(f"sigma_max: expected a value in (0, 1), got {float(limit)}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gardo_kernels._reduce import row_mean
 from gardo_kernels.ops.sde.coefficients import SDECoefficients
+from gardo_kernels.row_sums import row_mean
 
 
 def guided(velocity: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:

@@ -1,20 +1,22 @@
 """Triton kernels of the affine SDE step, its log-probability and the gradient by the velocity.
 
 One pass over the latents leaves partial sums of squares; a second, tiny kernel turns them into
-log-probabilities. ``sde_step`` and ``sde_log_prob`` share the arithmetic (see ``_triton``).
+log-probabilities. ``sde_step`` and ``sde_log_prob`` share the arithmetic (see ``triton_helpers``).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gardo_kernels import _triton as common
-from gardo_kernels._triton import (
+from gardo_kernels import triton_helpers as common
+from gardo_kernels.triton_helpers import (
     load,
     load_velocity,
     log_prob_from,
@@ -208,17 +210,14 @@ def _velocity_grad_kernel(
 def sde_step(
     velocity: Tensor,
     sample: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    scale: Tensor,
-    offset: Tensor,
+    coef: Sequence[Tensor],
     noise: Tensor | None,
     seed: Tensor | None,
     velocity_uncond: Tensor | None,
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``prev_sample, log_prob, mean``; without ``noise`` and ``seed`` no noise is added."""
+    a, b, c, scale, offset, _ = coef
     batch, cut = velocity.shape[0], common.tiling(common.row_length(velocity))
     v, x = common.dense_rows(velocity), common.dense_rows(sample)
     u, u_stride = common.optional_rows(velocity_uncond, v)
@@ -247,16 +246,14 @@ def sde_log_prob(
     velocity: Tensor,
     sample: Tensor,
     prev_sample: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: Tensor,
-    offset: Tensor,
+    coef: Sequence[Tensor],
     velocity_uncond: Tensor | None,
     guidance_scale: float,
 ) -> Tensor:
     """``log_prob [B]``."""
+    _, _, _, scale, offset, _ = coef
     partial, _, cut = residual_sums(
-        velocity, sample, prev_sample, a, b, velocity_uncond, guidance_scale, None, None
+        velocity, sample, prev_sample, coef, velocity_uncond, guidance_scale, None, None
     )
     return _log_prob(partial, cut, scale, offset)
 
@@ -265,14 +262,14 @@ def residual_sums(
     velocity: Tensor,
     sample: Tensor,
     prev_sample: Tensor,
-    a: Tensor,
-    b: Tensor,
+    coef: Sequence[Tensor],
     velocity_uncond: Tensor | None,
     guidance_scale: float,
     gate: Tensor | None,
     ref_velocity: Tensor | None,
 ) -> tuple[Tensor, Tensor, common.Tiling]:
     """Partial sums ``[B, programs]`` of the squared residual and of the squared KL difference."""
+    a, b, *_ = coef
     batch, cut = velocity.shape[0], common.tiling(common.row_length(velocity))
     v, x, prev = (common.dense_rows(t) for t in (velocity, sample, prev_sample))
     u, u_stride = common.optional_rows(velocity_uncond, v)
@@ -297,22 +294,23 @@ def residual_sums(
 
 
 def velocity_grad(
-    grad: Tensor,
     velocity: Tensor,
     sample: Tensor,
     prev_sample: Tensor,
-    a: Tensor,
-    b: Tensor,
+    coef: Sequence[Tensor],
+    grad: Tensor,
     alpha: Tensor,
     beta: Tensor | None,
     ref_velocity: Tensor | None,
     velocity_uncond: Tensor | None,
     guidance_scale: float,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """``grad * (alpha*(prev - a*x - b*v) + beta*(v - v_ref))`` by both velocities.
 
-    ``grad`` is 0-d or ``[B]``; ``alpha`` and ``beta`` are ``[B]`` float32.
+    ``grad`` is 0-d or ``[B]``; ``alpha`` and ``beta`` are ``[B]`` float32. Without
+    ``velocity_uncond`` the second result is empty.
     """
+    a, b, *_ = coef
     batch, cut = velocity.shape[0], common.tiling(common.row_length(velocity))
     v, x, prev = (common.dense_rows(t) for t in (velocity, sample, prev_sample))
     u, u_stride = common.optional_rows(velocity_uncond, v)
@@ -334,7 +332,7 @@ def velocity_grad(
         TILE=cut.tile,
         TILES=cut.tiles,
     )
-    return grad_v, grad_u
+    return grad_v, torch.empty(0, device=velocity.device) if grad_u is None else grad_u
 
 
 def _log_prob(partial: Tensor, cut: common.Tiling, scale: Tensor, offset: Tensor) -> Tensor:
@@ -350,3 +348,16 @@ def _log_prob(partial: Tensor, cut: common.Tiling, scale: Tensor, offset: Tensor
         WIDTH=cut.width,
     )
     return log_prob
+
+
+def call_every_form(dtype: torch.dtype) -> None:
+    """Launch the kernels in every form that they are compiled in (see ``aot``)."""
+    v = torch.zeros(4, 16, 64, 64, dtype=dtype)
+    x, row, scalar = torch.zeros(v.shape), torch.zeros(4), torch.zeros(())
+    seed, coef = torch.zeros(1, dtype=torch.int64), [scalar] * 6
+    for uncond in (None, v):
+        for noise, seeded in ((x, None), (None, seed), (None, None)):
+            sde_step(v, x, coef, noise, seeded, uncond, 4.5)
+        sde_log_prob(v, x, x, coef, uncond, 4.5)
+        for ref in (None, v):
+            velocity_grad(v, x, x, coef, scalar, row, row, ref, uncond, 4.5)

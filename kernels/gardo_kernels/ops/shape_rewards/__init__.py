@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gardo_kernels import _backends, _checks, _native
-from gardo_kernels._operators import operator, without_grad
-from gardo_kernels.ops.shape_rewards import reference
+from gardo_kernels import checks
+from gardo_kernels.ops import gate_samples as gating
+from gardo_kernels.ops import group_advantages as advantages
+from gardo_kernels.ops.group_advantages.native import NORMS
 
 __all__ = ["ShapedRewards", "shape_rewards"]
 
-ADVANTAGE_NORMS = ("none", "group_std", "global_std")
-GATES = ("paper", "official", "all", "off")
-SCOPES = ("batch", "group")
+#: The rule of each gate; ``all`` and ``off`` keep the uncertainties of ``paper``.
+_RULES = {
+    "paper": {"side": "over", "ties": "half"},
+    "official": {"side": "under", "ties": "ordinal"},
+    "all": {"side": "over", "ties": "half"},
+    "off": {"side": "over", "ties": "half"},
+}
 
 
 class ShapedRewards(NamedTuple):
@@ -26,48 +31,6 @@ class ShapedRewards(NamedTuple):
     gate: Tensor
     threshold: Tensor
     mean_uncertainty: Tensor
-
-
-#: Backends by name, best first.
-BACKENDS: dict[str, _backends.Availability] = {
-    "native": _backends.native_any_device,
-    "reference": _backends.always,
-}
-
-
-def _kernel(
-    proxy: Tensor,
-    aux: Tensor,
-    group_ids: Tensor,
-    distance: Tensor | None,
-    fraction: float,
-    fraction_tensor: Tensor | None,
-    advantage_norm: str,
-    gate: str,
-    scope: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = (advantage_norm, gate, scope)
-    share = fraction if fraction_tensor is None else fraction_tensor.to(torch.float64)
-    if backend == "native":
-        return _native.shape_rewards(
-            proxy.contiguous(),
-            aux.contiguous(),
-            group_ids.contiguous(),
-            None if distance is None else distance.contiguous(),
-            share,
-            *options,
-        )
-    return reference.shape_rewards(proxy, aux, group_ids, distance, share, *options)
-
-
-def _fake(proxy: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    advantage, uncertainty = torch.empty_like(proxy), torch.empty_like(proxy)
-    mask = torch.empty_like(proxy, dtype=torch.bool)
-    return advantage, uncertainty, mask, proxy.new_empty(()), proxy.new_empty(())
-
-
-_shape_rewards = operator("shape_rewards", _kernel, _fake)
 
 
 def shape_rewards(
@@ -82,6 +45,9 @@ def shape_rewards(
     backend: str | None = None,
 ) -> ShapedRewards:
     """Advantages, uncertainties and gate of the N samples of one epoch.
+
+    The composition of :func:`group_advantages` and :func:`gate_samples`, for samples that have all
+    their values.
 
     Args:
         proxy: ``[N]`` floating, the reward being optimised.
@@ -116,62 +82,21 @@ def shape_rewards(
         TypeError, ValueError: wrong type, shape, dtype, device or value.
         BackendUnavailable: the backend asked for cannot run here.
     """
-    _check_rewards(proxy, aux, group_ids, distance)
-    fraction = _check_fraction(fraction)
-    _checks.choice("advantage_norm", advantage_norm, ADVANTAGE_NORMS)
-    _checks.choice("gate", gate, GATES)
-    _checks.choice("scope", scope, SCOPES)
-    chosen = _backends.select("shape_rewards", backend, proxy.device, proxy.dtype, BACKENDS)
-
-    given = (proxy, aux) if distance is None else (proxy, aux, distance)
-    # The native kernel of the CPU reads and writes float32 itself.
-    itself = chosen == "native" and proxy.is_cpu and all(v.dtype == torch.float32 for v in given)
-    proxy_in, aux_in, *distance_in = (
-        without_grad(value if itself else value.to(torch.float64)) for value in given
-    )
-    number, tensor = (0.0, fraction) if isinstance(fraction, Tensor) else (fraction, None)
-    shaped = ShapedRewards(
-        *_shape_rewards(
-            proxy_in,
-            aux_in,
-            group_ids,
-            distance_in[0] if distance_in else None,
-            number,
-            tensor,
-            advantage_norm,
-            gate,
-            scope,
-            chosen,
-        )
-    )
-    if itself or proxy.dtype == torch.float64:
-        return shaped
-    return ShapedRewards(
-        *(value if value.dtype == torch.bool else value.to(torch.float32) for value in shaped)
-    )
-
-
-def _check_rewards(proxy: Any, aux: Any, group_ids: Any, distance: Any) -> None:
-    _checks.floating("proxy", proxy)
-    if proxy.dim() != 1:
-        raise ValueError(f"proxy: expected shape [N], got {list(proxy.shape)}")
-    count, device = proxy.shape[0], proxy.device
-    _checks.floating("aux", aux)
-    if aux.dim() != 2 or aux.shape[1] != count:
-        raise ValueError(f"aux: expected shape [K, {count}], got {list(aux.shape)}")
-    _checks.same_device("aux", aux, device)
-    _checks.group_ids(group_ids, count, device)
+    checks.choice("advantage_norm", advantage_norm, NORMS)
+    checks.choice("gate", gate, tuple(_RULES))
+    checks.rewards("proxy", proxy, 1)
+    checks.rewards("aux", aux, 2, proxy)
+    valid = proxy.isfinite() & aux.isfinite().all(0)
     if distance is not None:
-        _checks.per_sample("distance", distance, count, device)
-
-
-def _check_fraction(fraction: Any) -> float | Tensor:
-    if not isinstance(fraction, Tensor):
-        return _checks.number("fraction", fraction, low=0.0, high=1.0)
-    _checks.floating("fraction", fraction)
-    if fraction.numel() != 1:
-        raise ValueError(f"fraction: expected one value, got shape {list(fraction.shape)}")
-    fraction = fraction.detach().reshape(())
-    if fraction.device.type == "cpu":
-        return _checks.number("fraction", fraction.item(), low=0.0, high=1.0)
-    return fraction
+        checks.per_sample("distance", distance, proxy.shape[0], proxy.device)
+        valid &= distance.isfinite()
+    known = torch.where(valid, proxy, torch.nan)
+    gated = gating.gate_samples(
+        known, aux, group_ids, fraction, **_RULES[gate], share_of="nonnegative", scope=scope,
+        backend=backend,
+    )  # fmt: skip
+    advantage = advantages.group_advantages(
+        known, group_ids, distance, advantage_norm, backend=backend
+    )
+    mask = {"all": valid, "off": torch.zeros_like(valid)}.get(gate, gated.gate)
+    return ShapedRewards(advantage, gated.uncertainty, mask, *gated[2:])

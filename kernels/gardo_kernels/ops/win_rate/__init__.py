@@ -5,32 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gardo_kernels import _backends, _checks, _native
-from gardo_kernels._operators import operator
-from gardo_kernels.ops.win_rate import reference
+from gardo_kernels import backends, checks
+from gardo_kernels.operators import operator
+from gardo_kernels.ops.win_rate import native
 
 __all__ = ["win_rate"]
 
+#: Backends by name, best first: the files of this folder.
+BACKENDS = backends.discover(__name__, __path__)
 
-#: Backends by name, best first.
-BACKENDS: dict[str, _backends.Availability] = {
-    "native": _backends.native_any_device,
-    "reference": _backends.always,
-}
-
-
-def _kernel(rewards: Tensor, group_ids: Tensor | None, backend: str) -> Tensor:
-    if backend == "native":
-        ids = None if group_ids is None else group_ids.contiguous()
-        return _native.win_rate(rewards.contiguous(), ids)
-    return reference.win_rate(rewards, group_ids)
-
-
-def _fake(rewards: Tensor, group_ids: Tensor | None, backend: str) -> Tensor:
-    return torch.empty_like(rewards)
-
-
-_win_rate = operator("win_rate", _kernel, _fake)
+_win_rate = operator(native.win_rate, lambda rewards, _: torch.empty_like(rewards))
 
 
 def win_rate(
@@ -54,11 +38,11 @@ def win_rate(
         TypeError, ValueError: wrong type, shape, dtype or device.
         BackendUnavailable: the backend asked for cannot run here.
     """
-    _checks.floating("rewards", rewards)
+    checks.floating("rewards", rewards)
     if rewards.dim() != 2:
         raise ValueError(f"rewards: expected shape [K, N], got {list(rewards.shape)}")
     if group_ids is not None:
-        _checks.group_ids(group_ids, rewards.shape[1], rewards.device)
-    chosen = _backends.select("win_rate", backend, rewards.device, rewards.dtype, BACKENDS)
-    rate = _win_rate(rewards.detach().to(torch.float64), group_ids, chosen)
-    return rate.to(_checks.compute_dtype(rewards))
+        checks.group_ids(group_ids, rewards.shape[1], rewards.device)
+    chosen = backends.select("win_rate", backend, rewards.device, rewards.dtype, BACKENDS)
+    rate: Tensor = _win_rate(chosen, rewards.to(torch.float64), group_ids)
+    return rate.to(checks.compute_dtype(rewards))

@@ -32,9 +32,9 @@ def doubled_wins(rewards: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     return _unsort(wins, order), _unsort(count, order)
 
 
-def win_rate(rewards: Tensor, ids: Tensor | None) -> Tensor:
+def win_rate(rewards: Tensor, group_ids: Tensor | None) -> Tensor:
     """Share of the others that each sample of float64 ``[K, N]`` beats; NaN stays NaN."""
-    wins, count = doubled_wins(rewards, ids)
+    wins, count = doubled_wins(rewards, group_ids)
     rate = wins.to(torch.float64) / (2 * (count - 1)).clamp(min=1).to(torch.float64)
     rate = torch.where(count > 1, rate, torch.full_like(rate, 0.5))
     return torch.where(torch.isnan(rewards), rewards, rate)

@@ -71,6 +71,16 @@ def group_ids(value: Any, count: int, device: torch.device) -> Tensor:
     return shaped("group_ids", value, (count,), device)
 
 
+def rewards(name: str, value: Any, dim: int, like: Tensor | None = None) -> Tensor:
+    """Require floating rewards ``[N]`` or ``[K, N]``, of the N and the device of ``like``."""
+    floating(name, value)
+    count = "N" if like is None else like.shape[0]
+    if value.dim() != dim or (like is not None and value.shape[-1] != count):
+        shape = f"[{count}]" if dim == 1 else f"[K, {count}]"
+        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+    return value if like is None else same_device(name, value, like.device)
+
+
 def shaped(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Require an exact shape and device."""
     if tuple(value.shape) != shape:

@@ -1,13 +1,16 @@
 """Loads the compiled C++ core, and turns tensors into the addresses that it takes.
 
-The checks here are those that memory safety needs (dtype, shape, device, contiguity). The meaning
-of values is left to the ops that call the core.
+The core knows neither torch nor Python objects. The checks here are those that memory safety needs
+(dtype, shape, device, contiguity): they raise ``TypeError`` or ``ValueError`` with the name of the
+tensor. The meaning of values is left to the ops, whose ``native`` modules call the core.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any, NoReturn
 
 import torch  # first: the core then shares torch's OpenMP runtime instead of loading its own
 from torch import Tensor
@@ -52,7 +55,7 @@ def has_openmp() -> bool:
 
 
 def has_cuda() -> bool:
-    """Whether the core is loaded and was built with its CUDA part."""
+    """Whether the core is loaded and was built with CUDA."""
     return _core is not None and bool(_core.has_cuda)
 
 
@@ -72,19 +75,6 @@ def require_core() -> ModuleType:
     return _core
 
 
-def _readable(
-    name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device = _CPU
-) -> Tensor:
-    if tensor.device != device:
-        expected = "a CPU tensor" if device == _CPU else f"device {device}"
-        raise ValueError(f"{name}: expected {expected}, got device {tensor.device}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    return tensor
-
-
 def array(
     name: str,
     tensor: Tensor | None,
@@ -97,28 +87,32 @@ def array(
         return 0
     if tensor.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
-    return _readable(name, tensor, shape, device).data_ptr()
+    if tensor.device != device or tensor.shape != shape or not tensor.is_contiguous():
+        _refuse(name, tensor, shape, device)
+    return tensor.data_ptr()
 
 
 def latents(name: str, tensor: Tensor | None, like: Tensor) -> tuple[int, int]:
-    """Address and dtype code of latents of the shape of ``like``; (0, 0) for None."""
+    """Address and dtype code of CPU latents of the shape of ``like``; (0, 0) for None."""
     if tensor is None:
         return 0, 0
     code = _DTYPE_CODES.get(tensor.dtype)
     if code is None:
         raise TypeError(f"{name}: expected float32, float16 or bfloat16, got {tensor.dtype}")
-    return _readable(name, tensor, like.shape).data_ptr(), code
+    if not tensor.is_cpu or tensor.shape != like.shape or not tensor.is_contiguous():
+        _refuse(name, tensor, like.shape, _CPU)
+    return tensor.data_ptr(), code
 
 
 def row_scalar(name: str, tensor: Tensor, rows: int) -> tuple[int, int]:
-    """Address and stride of a float32 scalar, one for all rows or one per row."""
+    """Address and stride of a float32 CPU scalar, one for all rows or one per row."""
     if tensor.dtype != torch.float32:
         raise TypeError(f"{name}: expected dtype torch.float32, got {tensor.dtype}")
     if not tensor.is_cpu:
         raise ValueError(f"{name}: expected a CPU tensor, got device {tensor.device}")
     if tensor.dim() == 0:
         return tensor.data_ptr(), 0
-    if tuple(tensor.shape) != (rows,):
+    if tensor.shape != (rows,):
         raise ValueError(f"{name}: expected shape [] or [{rows}], got {list(tensor.shape)}")
     return tensor.data_ptr(), tensor.stride(0)
 
@@ -142,16 +136,56 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> int:
     return choices.index(value)
 
 
-# New tensors from these cost half of what torch.empty takes to read a dtype and a device.
-_FLOAT32 = torch.empty(1, dtype=torch.float32, device=_CPU)
-_FLOAT32_SCALAR = torch.empty((), dtype=torch.float32, device=_CPU)
-
-
 def as_float32(tensor: Tensor) -> Tensor:
     """A contiguous float32 tensor: the tensor itself where it is one."""
     return (tensor if tensor.dtype == torch.float32 else tensor.to(torch.float32)).contiguous()
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """A contiguous tensor: the tensor itself where it is one; None for None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+# New tensors from these cost half of what torch.empty takes to read a dtype and a device.
+_FLOAT32 = torch.empty(1, dtype=torch.float32, device=_CPU)
+_FLOAT32_SCALAR = torch.empty((), dtype=torch.float32, device=_CPU)
+
+
 def float32(*shape: int) -> Tensor:
     """An uninitialised float32 CPU tensor for results."""
     return _FLOAT32.new_empty(*shape) if shape else torch.empty_like(_FLOAT32_SCALAR)
+
+
+def enqueue(
+    function: Callable[..., None], device: torch.device, workspace_bytes: int, **arguments: Any
+) -> None:
+    """Call a CUDA function of the core on the current stream, with a workspace."""
+    with torch.cuda.device(device):
+        # Freed on return: PyTorch's allocator hands it out again in the order of the stream.
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        function(
+            **arguments,
+            workspace=workspace.data_ptr(),
+            workspace_size=workspace_bytes,
+            stream=torch.cuda.current_stream(device).cuda_stream,
+        )
+
+
+def require_device(name: str, tensor: Tensor) -> torch.device:
+    """The device of a tensor that the core can work on: the CPU, or CUDA where it was built."""
+    device = tensor.device
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: expected a CPU or CUDA tensor, got device {device}")
+    reason = cuda_unavailable_reason() if device.type == "cuda" else None
+    if reason is not None:
+        raise RuntimeError(f"backend 'native' is not available on {device}: {reason}")
+    return device
+
+
+def _refuse(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> NoReturn:
+    if tensor.device != device:
+        expected = "a CPU tensor" if device == _CPU else f"device {device}"
+        raise ValueError(f"{name}: expected {expected}, got device {tensor.device}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")

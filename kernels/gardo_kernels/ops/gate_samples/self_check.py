@@ -1,0 +1,24 @@
+"""The gate of an epoch of 48 prompts of 24 images, for ``python -m gardo_kernels``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import gardo_kernels as gk
+
+
+def checks(
+    normal: Callable[..., Tensor],
+) -> dict[str, Callable[[str, torch.dtype], tuple[Tensor, ...]]]:
+    """By the name of the op, what gives its outputs for a backend and a dtype."""
+    rewards = normal(3, 1152)
+    ids = torch.arange(1152, device=rewards.device) % 48
+
+    def gate(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        out = gk.gate_samples(rewards[0], rewards[1:], ids, 0.1, backend=backend)
+        return out.uncertainty, out.gate.to(torch.float32), out.threshold
+
+    return {"gate_samples": gate}
