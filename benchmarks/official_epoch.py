@@ -168,7 +168,7 @@ class OfficialEpoch:
         if uncond is not None:
             tensors = uncond.tensors.items()
             uncond = PromptEmbeds({k: t.expand(len(latents), *t.shape[1:]) for k, t in tensors})
-        v, u = self.work.model.velocity(latents, timesteps, cond, uncond, self.guidance)
+        v, u, _ = self.work.model.velocity(latents, timesteps, cond, uncond, self.guidance)
         return v if u is None else u + self.guidance * (v - u)
 
     def transition(

@@ -15,6 +15,7 @@ void grpo_loss(const py::kwargs& kwargs) {
   p.sample = args.input("sample", any);
   p.prev_sample = args.input("prev_sample", any);
   p.ref_velocity = args.input("ref_velocity", false);
+  p.noise = args.input("noise", false);
   p.coef = sde_coefficients(args, any);
   p.old_log_prob = args.array<const float>("old_log_prob", any);
   p.advantage = args.array<const float>("advantage", any);
@@ -23,7 +24,7 @@ void grpo_loss(const py::kwargs& kwargs) {
   p.clip_high = args.value<float>("clip_high");
   p.adv_clip = args.value<float>("adv_clip");
   p.kl_coef = args.value<float>("kl_coef");
-  p.kl_reduction = args.choice<KlReduction>("kl_reduction", 2);
+  p.reduction = args.choice<Reduction>("reduction", 3);
   p.loss = args.array<float>("loss", true);
   p.stats = args.array<float>("stats", true);
   p.log_prob = args.array<float>("log_prob", any);

@@ -30,6 +30,7 @@ void nft_loss(const py::kwargs& kwargs) {
   p.adv_clip = args.value<float>("adv_clip");
   if (!(p.adv_clip > 0.0f)) refuse("adv_clip", "expected > 0");
   p.kl_coef = args.value<float>("kl_coef");
+  p.reduction = args.choice<NftReduction>("reduction", 2);
   p.loss = args.array<float>("loss", true);
   p.stats = args.array<float>("stats", true);
   p.weights = args.array<float>("weights", any);

@@ -11,7 +11,7 @@ namespace gardo {
 
 // Where blocks that are not float32 in memory are converted, on the way in and on the way out.
 struct alignas(64) Scratch {
-  float in[5][kBlock], out[2][kBlock];
+  float in[6][kBlock], out[2][kBlock];
 };
 
 inline std::int64_t blocks_per_row(const Extent& e) {

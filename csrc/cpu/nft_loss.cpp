@@ -173,8 +173,9 @@ void nft_loss_cpu(const NftLossParams& p) {
   const int64_t rows = t.extent.rows;
   int64_t num_gated = 0;
   for (int64_t row = 0; row < rows; ++row) num_gated += gated(row) ? 1 : 0;
-  const double batch = static_cast<double>(std::max<int64_t>(rows, 1));
-  const double kl_rows = static_cast<double>(std::max<int64_t>(num_gated, 1));
+  const bool sum = p.reduction == NftReduction::kSum;
+  const double batch = sum ? 1.0 : static_cast<double>(std::max<int64_t>(rows, 1));
+  const double kl_rows = sum ? 1.0 : static_cast<double>(std::max<int64_t>(num_gated, 1));
   const double size = static_cast<double>(t.extent.row_size);
   double policy = 0.0, kl = 0.0;
   for (int64_t row = 0; row < rows; ++row) {

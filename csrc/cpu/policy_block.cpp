@@ -44,28 +44,35 @@ GARDO_INLINE inline double step(PolicyBlock<V> block, float c, const float* nois
 }
 
 template <typename V>
-GARDO_INLINE inline PolicySums sums(PolicyBlock<V> block, const float* prev, const V* ref) {
-  double residual[1], both[2] = {};
+GARDO_INLINE inline PolicySums sums(PolicyBlock<V> block, const float* prev, const V* ref, float c,
+                                    const float* noise) {
+  PolicySums result{};
   with_flag(block.uncond != nullptr, [&](auto guided) GARDO_INLINE {
-    const auto terms = [&](int64_t i, auto* out) GARDO_INLINE {
-      using T = std::remove_pointer_t<decltype(out)>;
-      const T v = velocity_of<T, decltype(guided)::value>(block, i);
-      const T d = load_lanes<T>(prev + i) - mean_of(block, v, i);
-      out[0] = d * d;
-      return v;
-    };
-    if (ref == nullptr) {
-      sum_lanes<kVectors>(block.n, residual, terms);
-      both[0] = residual[0];
-    } else {
-      sum_lanes<kVectors>(block.n, both, [&](int64_t i, auto* out) GARDO_INLINE {
-        using T = std::remove_pointer_t<decltype(out)>;
-        const T d = terms(i, out) - load_lanes<T>(ref + i);
-        out[1] = d * d;
+    with_flag(ref != nullptr, [&](auto by_kl) GARDO_INLINE {
+      with_flag(noise != nullptr, [&](auto by_noise) GARDO_INLINE {
+        constexpr bool kKl = decltype(by_kl)::value, kNoise = decltype(by_noise)::value;
+        double totals[1 + kKl + kNoise];
+        sum_lanes<kVectors>(block.n, totals, [&](int64_t i, auto* out) GARDO_INLINE {
+          using T = std::remove_pointer_t<decltype(out)>;
+          const T v = velocity_of<T, decltype(guided)::value>(block, i);
+          const T d = load_lanes<T>(prev + i) - mean_of(block, v, i);
+          out[0] = d * d;
+          if constexpr (kKl) {
+            const T e = v - load_lanes<T>(ref + i);
+            out[1] = e * e;
+          }
+          if constexpr (kNoise) {
+            const T z = load_lanes<T>(noise + i);
+            out[kKl ? 2 : 1] = z * (c * z - d);
+          }
+        });
+        result.residual = totals[0];
+        if constexpr (kKl) result.kl = totals[1];
+        if constexpr (kNoise) result.shift = totals[kKl ? 2 : 1];
       });
-    }
+    });
   });
-  return {both[0], both[1]};
+  return result;
 }
 
 template <typename V>
@@ -105,13 +112,14 @@ GARDO_CLONES double step_block(PolicyBlock<BFloat16> block, float c, const float
   return step(block, c, noise, prev, mean);
 }
 
-GARDO_CLONES PolicySums policy_sums(PolicyBlock<float> block, const float* prev, const float* ref) {
-  return sums(block, prev, ref);
+GARDO_CLONES PolicySums policy_sums(PolicyBlock<float> block, const float* prev, const float* ref,
+                                    float c, const float* noise) {
+  return sums(block, prev, ref, c, noise);
 }
 
 GARDO_CLONES PolicySums policy_sums(PolicyBlock<BFloat16> block, const float* prev,
-                                    const BFloat16* ref) {
-  return sums(block, prev, ref);
+                                    const BFloat16* ref, float c, const float* noise) {
+  return sums(block, prev, ref, c, noise);
 }
 
 GARDO_CLONES void policy_gradient(PolicyBlock<float> block, float alpha, const float* prev,

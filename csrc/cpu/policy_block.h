@@ -45,11 +45,14 @@ double step_block(PolicyBlock<BFloat16> block, float c, const float* noise, floa
 struct PolicySums {
   double residual;  // of (prev - mean)^2
   double kl;        // of (v - ref)^2; 0 without ref
+  double shift;     // of noise * (mean - (prev - c*noise)); 0 without noise
 };
 
-// `ref` may be null.
-PolicySums policy_sums(PolicyBlock<float> block, const float* prev, const float* ref);
-PolicySums policy_sums(PolicyBlock<BFloat16> block, const float* prev, const BFloat16* ref);
+// `ref` and `noise` may be null.
+PolicySums policy_sums(PolicyBlock<float> block, const float* prev, const float* ref, float c,
+                       const float* noise);
+PolicySums policy_sums(PolicyBlock<BFloat16> block, const float* prev, const BFloat16* ref, float c,
+                       const float* noise);
 
 // alpha*(prev - mean) + beta*(v - ref), by the chain rule of the guidance. A null `prev` or `ref`
 // leaves its term out. `grad_uncond` is written with guidance only.

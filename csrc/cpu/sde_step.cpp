@@ -35,7 +35,7 @@ void add_squares(const SdeLogProbParams& p, RowSums& squares) {
                                Scratch& s) {
     const float* prev = load_block(p.prev_sample, offset, n, s.in[3]);
     const PolicyBlock<V> policy = load_policy<V>(p.velocity, p.sample, p.coef, row, offset, n, s);
-    squares[block] = policy_sums(policy, prev, nullptr).residual;
+    squares[block] = policy_sums(policy, prev, nullptr, 0.0f, nullptr).residual;
   });
 }
 

@@ -15,12 +15,15 @@ struct NftTensors {
   double beta;
 };
 
+enum class NftReduction : int { kMean = 0, kSum = 1 };
+
 struct NftLossParams {
   NftTensors tensors;
   const float* advantage;    // [B]
   const std::uint8_t* gate;  // [B], or null: every row is gated
   float adv_clip;
   float kl_coef;
+  NftReduction reduction;  // of the loss over rows, and of the KL over gated rows
 
   float* loss;     // out [1]
   float* stats;    // out [2]: policy loss, KL

@@ -87,9 +87,19 @@ void run(int64_t rows, int64_t row_size, DType dtype, bool guided, bool seeded) 
   gardo::grpo_loss_cpu(grpo);
   for (int64_t i = 0; i < rows; ++i) expect(ratio[i] == 1.0f, "grpo_loss: ratio is exactly 1");
   const float policy = stats[0], kl = stats[1], clipped = stats[2];
+  const float mean_loss = loss;
   // With ratio 1 and all advantages 0.5 the policy loss is -0.5.
   expect(near(policy, rows == 0 ? 0.0 : -0.5) && clipped == 0.0f, "grpo_loss: policy");
   expect(near(loss, policy + 0.1 * kl, 1e-5), "grpo_loss: sum");
+  grpo.reduction = gardo::Reduction::kSum;
+  grpo.noise = z.in();
+  gardo::grpo_loss_cpu(grpo);
+  expect(near(stats[0], -0.5 * static_cast<double>(rows), seeded ? INFINITY : 1e-5),
+         "grpo_loss: the sum, with the noise of the step");
+  grpo.reduction = gardo::Reduction::kGated;
+  grpo.noise = kNone;
+  gardo::grpo_loss_cpu(grpo);
+  expect(loss == mean_loss, "grpo_loss: the mean again");
 
   Tensor grad(size, dtype), grad_uncond(size, dtype);
   gardo::velocity_grad_cpu({extent, velocity, x.in(), prev.in(), ref.in(), coef, alpha.data(),
@@ -98,7 +108,8 @@ void run(int64_t rows, int64_t row_size, DType dtype, bool guided, bool seeded) 
 
   const gardo::NftTensors nft{extent, v.in(), u.in(), x.in(), z.in(), ref.in(), scalar, 0.7};
   std::vector<float> weights(3 * rows);
-  gardo::nft_loss_cpu({nft, values.data(), gate.data(), 5.0f, 0.1f, &loss, stats, weights.data()});
+  gardo::nft_loss_cpu({nft, values.data(), gate.data(), 5.0f, 0.1f, gardo::NftReduction::kMean,
+                       &loss, stats, weights.data()});
   expect(std::isfinite(loss) && loss >= 0.0f, "nft_loss: finite");
   gardo::nft_grad_cpu({nft, weights.data(), grad.out()});
 }

@@ -72,9 +72,8 @@ class Shaper:
         proxy = self.rewards.proxy_scores(scores)
         if self.rewards.proxy not in scores:
             metrics |= reward_metrics(self.rewards.proxy, proxy)
-        aux = torch.empty(len(self.rewards.aux), total, dtype=proxy.dtype, device=proxy.device)
-        for row, name in zip(aux, self.rewards.aux, strict=True):
-            row.copy_(self.rewards.maximised(name, scores[name]))
+        aux = [self.rewards.maximised(name, scores[name]) for name in self.rewards.aux]
+        rewards = torch.stack([proxy, *aux])
         group_ids = torch.arange(total, device=proxy.device) % plan.prompts
 
         distance = None
@@ -89,76 +88,66 @@ class Shaper:
             gathered = runtime.gather(small, plan.sample_ids, total)
             metrics["diversity/image_variance"] = float(image_variance(gathered, group_ids))
 
-        shaped = self._shape(proxy, aux, group_ids, distance)
-        # an order statistic of a handful of numbers: one transfer per epoch
-        metrics["gate/fraction"] = self.controller.fraction
-        metrics["gate/share"] = float(shaped.gate.double().mean())
-        metrics["gate/threshold"] = float(shaped.threshold)
-        metrics["uncertainty/mean"] = float(shaped.mean_uncertainty)
+        # a sample that lacks a score, or its distance where that counts, takes no part
+        valid = rewards.isfinite().all(0)
+        factor = distance.double() if self.config.diversity and distance is not None else None
+        if factor is not None:
+            valid &= factor.isfinite()
+        rated = torch.where(valid, proxy, torch.nan)
+        advantage = gk.group_advantages(
+            rated, group_ids, factor, norm=self.config.advantage_norm
+        ).float()
+        gate, gate_metrics = self._gate(rated, rewards[1:], group_ids, valid)
         starts = accumulate(plan.update_sizes, initial=0)
-        mine = plan.sample_ids.to(shaped.gate.device)
-        gate = shaped.gate[mine]
+        mine = plan.sample_ids.to(gate.device)
+        own = gate[mine]
         return ShapedEpoch(
-            advantage=shaped.advantage[mine].float(),
-            gate=gate,
-            gated_rows=tuple(gate.nonzero().flatten().tolist()),
-            gated_per_update=tuple(int(shaped.gate[a:b].sum()) for a, b in pairwise(starts)),
-            metrics=metrics,
+            advantage=advantage[mine],
+            gate=own,
+            gated_rows=tuple(own.nonzero().flatten().tolist()),
+            gated_per_update=tuple(int(gate[a:b].sum()) for a, b in pairwise(starts)),
+            metrics=metrics | gate_metrics,
             mode=self.gate_mode,
-            scores=torch.cat([proxy[None], aux]),
+            scores=rewards,
         )
 
-    def _shape(
-        self, proxy: Tensor, aux: Tensor, group_ids: Tensor, distance: Tensor | None
-    ) -> gk.ShapedRewards:
-        gate = self.config.gate
-        advantage = gk.shape_rewards(
-            proxy,
-            aux,
-            group_ids,
-            distance=distance.double() if self.config.diversity and distance is not None else None,
-            advantage_norm=self.config.advantage_norm,
-            gate="off",
-        ).advantage
-        if distance is not None and self.config.diversity:
-            # a sample without a distance takes no part in the gate, either
-            proxy = torch.where(distance.isfinite(), proxy, torch.nan)
-        rule, sign = self._gate_rule()
+    def _gate(
+        self, proxy: Tensor, aux: Tensor, group_ids: Tensor, valid: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The gate, bool ``[N]``, and its figures."""
+        config, official = self.config.gate, self.gate_mode == "official"
+        ties = self.config.gate_ties
+        if ties == "auto":
+            ties = "ordinal" if official else "half"
 
-        def shape(fraction: float) -> gk.ShapedRewards:
-            return gk.shape_rewards(
-                sign * proxy, sign * aux, group_ids, fraction=fraction, gate=rule, scope=gate.scope
+        def draw() -> gk.GatedSamples:
+            return gk.gate_samples(
+                proxy,
+                aux,
+                group_ids,
+                self.controller.fraction,
+                side="under" if official else "over",
+                ties=ties,
+                share_of=config.share_of,
+                scope=config.scope,
             )
 
-        drawn = shape(self.controller.fraction)
-        if self.gate_mode in ("paper", "official"):
-            if gate.adaptive:
-                # the fraction follows this epoch's uncertainty before the gate is drawn
-                self.controller.update(float(drawn.mean_uncertainty))
-            drawn = shape(self._share(drawn, proxy, aux))
-        return drawn._replace(advantage=advantage)
-
-    def _gate_rule(self) -> tuple[str, int]:
-        """The kernel's gate, and the sign of the rewards that it is given.
-
-        The kernel's ``paper`` gate halves ties and takes over-rated samples; its ``official`` gate
-        ranks ties in sample order and takes under-rated ones. Negated rewards are under-rated where
-        the rewards are over-rated, so a sign gives the other two combinations.
-        """
-        mode, ties = self.gate_mode, self.config.gate_ties
-        if mode not in ("paper", "official") or ties == "auto":
-            return mode, 1
-        rule = "official" if ties == "ordinal" else "paper"
-        return rule, 1 if rule == mode else -1
-
-    def _share(self, drawn: gk.ShapedRewards, proxy: Tensor, aux: Tensor) -> float:
-        """The share of the samples with U >= 0 that is gated."""
-        fraction = self.controller.fraction
-        if self.config.gate.share_of == "nonnegative":
-            return fraction
-        valid = proxy.isfinite() & aux.isfinite().all(0)
-        eligible = int((valid & (drawn.uncertainty >= 0)).sum())
-        return min(1.0, fraction * int(valid.sum()) / max(eligible, 1))
+        drawn, fraction = draw(), self.controller.fraction
+        # the mean of all is 0 whatever the rewards: the trend is that of the others
+        eligible = drawn.uncertainty[valid & (drawn.uncertainty >= 0)]
+        mean = float(eligible.mean()) if len(eligible) else 0.0
+        if self.gate_mode in ("paper", "official") and config.adaptive:
+            # the fraction follows this epoch's uncertainty before the gate is drawn
+            if self.controller.update(mean) != fraction:
+                drawn = draw()
+        gate = {"all": valid, "off": torch.zeros_like(valid)}.get(self.gate_mode, drawn.gate)
+        return gate, {
+            "gate/fraction": self.controller.fraction,
+            "gate/share": float(gate.double().mean()),
+            # by group, if each has its own
+            "gate/threshold": float(drawn.threshold.mean()),
+            "uncertainty/mean": mean,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return self.controller.state_dict()

@@ -297,11 +297,14 @@ def test_offsets_pass_two_to_the_31(backend):
         assert torch.equal(a, b)
 
 
+FILES = ("test_fused.py", "test_operators.py", "test_loss_sums.py")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS_TRITON, reason="this process runs Triton itself")
 def test_triton_under_the_interpreter():
     pytest.importorskip("triton", reason="triton is not installed")
-    files = [str(Path(__file__).parent / name) for name in ("test_fused.py", "test_operators.py")]
+    files = [str(Path(__file__).parent / name) for name in FILES]
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton",
          *files],

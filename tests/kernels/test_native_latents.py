@@ -166,7 +166,7 @@ def test_on_policy_ratio_is_exactly_one(dtype: torch.dtype, kind: str, guided: b
         _, stats, _, ratio, _, _ = grpo_native.grpo_loss(
             velocity[rows], sample[rows], step.prev_sample[rows], step.log_prob[rows],
             torch.ones(len(rows)), coef[torch.tensor(rows)].operands(), 1e-5, 1e-5, 5.0, None,
-            None, 0.0, "gated", None if uncond is None else uncond[rows], scale,
+            None, 0.0, "gated", None, None if uncond is None else uncond[rows], scale,
         )  # fmt: skip
         assert torch.equal(ratio, torch.ones(len(rows)))
         assert stats[2].item() == 0
@@ -224,7 +224,7 @@ def test_grpo_loss_and_gradient_match_the_reference(
 ) -> None:
     rows = shape[0]
     for kind, guided, reduction, gated in itertools.product(
-        ["flow", "cps"], [False, True], ["gated", "batch"], ["none", "half", "all", "no_kl"]
+        ["flow", "cps"], [False, True], ["gated", "batch", "sum"], ["none", "half", "all", "no_kl"]
     ):
         coef = coefficients(rows, kind)
         velocity, sample, ref = latents(shape, 1, dtype), latents(shape, 2), latents(shape, 5)
@@ -243,13 +243,13 @@ def test_grpo_loss_and_gradient_match_the_reference(
         advantage = torch.tensor([2.0, -7.0, 0.5])[:rows]
         loss, stats, log_prob, ratio, alpha, beta = grpo_native.grpo_loss(
             velocity, sample, step.prev_sample, old, advantage, coef.operands(), 1e-2, 1e-2, 5.0,
-            gate, used_ref, 0.3, reduction, uncond, scale,
+            gate, used_ref, 0.3, reduction, None, uncond, scale,
         )  # fmt: skip
         v = velocity.double().requires_grad_()
         u = None if uncond is None else uncond.double().requires_grad_()
         want = grpo_reference.grpo_loss(
             v, sample, step.prev_sample, old, advantage, coef, 1e-2, 1e-2, 5.0, gate, used_ref,
-            0.3, reduction, u, scale, torch.float64,
+            0.3, reduction, None, u, scale, torch.float64,
         )  # fmt: skip
         policy_loss, kl, clip_fraction = stats
         found = (loss, policy_loss, kl, log_prob, ratio, clip_fraction)
@@ -279,7 +279,7 @@ def test_grpo_gradient_at_the_edges_of_the_ratio() -> None:
     step = sde_step(velocity, sample, coef, seed=torch.tensor([9]))
     _, _, _, ratio, alpha, beta = grpo_native.grpo_loss(
         velocity, sample, step.prev_sample, step.log_prob - shift, advantage, coef.operands(),
-        0.1, 0.1, 5.0, None, None, 0.0, "gated", None, 1.0,
+        0.1, 0.1, 5.0, None, None, 0.0, "gated", None, None, 1.0,
     )  # fmt: skip
     assert (alpha != 0).tolist() == alive
     assert alpha.isnan().tolist() == [False] * 6 + [True]
@@ -293,8 +293,8 @@ def test_nft_loss_and_gradient_match_the_reference(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     rows = shape[0]
-    for beta, per_row, gated in itertools.product(
-        [1.0, 0.1], [True, False], ["none", "half", "all", "no_kl"]
+    for beta, per_row, gated, reduction in itertools.product(
+        [1.0, 0.1], [True, False], ["none", "half", "all", "no_kl"], ["mean", "sum"]
     ):
         velocity, old, ref = (latents(shape, seed, dtype) for seed in (1, 2, 3))
         x0, xt = latents(shape, 4), latents(shape, 5)
@@ -304,11 +304,11 @@ def test_nft_loss_and_gradient_match_the_reference(
         gate = None if gate is None else gate.bool()
         used_ref = None if gated == "no_kl" else ref
         loss, stats, weights = nft_native.nft_loss(
-            velocity, old, x0, xt, t, advantage, beta, 5.0, gate, used_ref, 0.3
+            velocity, old, x0, xt, t, advantage, beta, 5.0, gate, used_ref, 0.3, reduction
         )
         v = velocity.double().requires_grad_()
         want = nft_reference.nft_loss(
-            v, old, x0, xt, t, advantage, beta, 5.0, gate, used_ref, 0.3, torch.float64
+            v, old, x0, xt, t, advantage, beta, 5.0, gate, used_ref, 0.3, reduction, torch.float64
         )
         for value, expected in zip((loss, *stats), want, strict=True):
             torch.testing.assert_close(value.double(), expected.detach(), **VALUE)
@@ -361,7 +361,7 @@ def test_bfloat16_is_read_alike_in_the_loops_and_converted() -> None:
     def results(ref: Tensor, u: Tensor) -> list[Tensor]:
         coef = [one, -0.1 * one, one, one, one, one]
         loss = grpo_native.grpo_loss(
-            v, x, prev, rows, rows, coef, 0.1, 0.1, 5.0, None, ref, 0.1, "gated", u, 4.5
+            v, x, prev, rows, rows, coef, 0.1, 0.1, 5.0, None, ref, 0.1, "gated", None, u, 4.5
         )
         nft = (v, u, x, prev, 0.5 * one)
         weights = torch.stack([rows, -rows, 0.1 * rows])
@@ -369,7 +369,7 @@ def test_bfloat16_is_read_alike_in_the_loops_and_converted() -> None:
             *loss,
             *sde_step(v, x, coef, None, torch.tensor([1]), u, 4.5),
             *velocity_grad(v, x, prev, one, -0.1 * one, rows, 0.1 * rows, ref, u, 4.5),
-            *nft_native.nft_loss(*nft, rows, 1.0, 5.0, None, ref, 0.1),
+            *nft_native.nft_loss(*nft, rows, 1.0, 5.0, None, ref, 0.1, "mean"),
             nft_native.nft_grad(*nft, one, weights, 1.0, ref),
         ]
 

@@ -28,9 +28,9 @@ def op_samples(backend):
         "sde_step": (v, x, table, None, seed, u, 3.0),
         "sde_log_prob": (a, x, prev, table, b, 3.0),
         "velocity_grad": (v, x, prev, table, upstream, alpha, alpha, ref, u, 3.0),
-        "grpo_loss": (a, x, prev, old, advantage, table, 0.1, 0.1, 5.0, gate, ref, 0.1, "gated", b,
-                      3.0),
-        "nft_loss": (a, u, x, prev, t, advantage, 0.5, 5.0, gate, ref, 0.1),
+        "grpo_loss": (a, x, prev, old, advantage, table, 0.1, 0.1, 5.0, gate, ref, 0.1, "gated",
+                      None, b, 3.0),
+        "nft_loss": (a, u, x, prev, t, advantage, 0.5, 5.0, gate, ref, 0.1, "mean"),
         "nft_grad": (v, u, x, prev, t, upstream, one, 0.5, ref),
         "nearest_neighbor_distance": (v, ids),
     }  # fmt: skip

@@ -16,6 +16,7 @@ __all__ = ["GRPOLoss", "grpo_loss"]
 #: Backends by name, best first: the files of this folder.
 BACKENDS = backends.discover(__name__, __path__)
 _KL_REDUCTIONS = ("gated", "batch")
+_REDUCTIONS = ("mean", "sum")
 
 
 class GRPOLoss(NamedTuple):
@@ -41,10 +42,12 @@ def grpo_loss(
     gate: Tensor | None = None,
     ref_velocity: Tensor | None = None,
     kl_coef: float = 0.0,
-    kl_reduction: str = "gated",
+    kl_reduction: str | None = None,
     velocity_uncond: Tensor | None = None,
     guidance_scale: float = 1.0,
     backend: str | None = None,
+    reduction: str = "mean",
+    noise: Tensor | None = None,
 ) -> GRPOLoss:
     """Clipped policy loss plus ``kl_coef`` times the gated KL::
 
@@ -64,10 +67,17 @@ def grpo_loss(
         ref_velocity: ``[B, ...]`` velocity of the reference policy (after guidance, if any). Rows
             outside the gate may hold anything. Without it there is no KL.
         kl_coef: weight of the KL; a non-zero weight needs ``ref_velocity``.
-        kl_reduction: ``gated``: mean over the gated samples; ``batch``: their sum over B. Both are
-            0 with no gradient when no sample is gated.
+        kl_reduction: ``gated`` (None): mean over the gated samples; ``batch``: their sum over B.
+            Both are 0 with no gradient when no sample is gated.
         velocity_uncond, guidance_scale: classifier-free guidance, as in ``sde_step``.
         backend: None for the best available, or a name.
+        reduction: ``mean`` as above; ``sum``: ``policy_loss`` is the sum over the samples and
+            ``kl`` that over the gated ones, so that their weights are the caller's alone. Not
+            together with ``kl_reduction``.
+        noise: ``[B, ...]`` the ``z`` that sampling added. With it the ratio is GRPO-Guard's
+            (RatioNorm, arXiv 2510.22319), whose spread is the same at every step:
+            ``log r = mean(z*(m - m_old))``, ``m = a*x + b*v``, ``m_old = prev_sample - c*z``. It is
+            1 on policy up to rounding. ``old_log_prob`` is not read then.
 
     Returns:
         0-d ``loss``, ``policy_loss``, ``kl`` (without ``kl_coef``) and ``clip_fraction`` (share of
@@ -90,9 +100,17 @@ def grpo_loss(
     eps = _clip_bounds(clip_range)
     checks.number("adv_clip", adv_clip, low=0.0, exclusive_low=True)
     check_kl(velocity, gate, ref_velocity, kl_coef)
-    checks.choice("kl_reduction", kl_reduction, _KL_REDUCTIONS)
+    if checks.choice("reduction", reduction, _REDUCTIONS) == "mean":
+        reduction = checks.choice("kl_reduction", kl_reduction or "gated", _KL_REDUCTIONS)
+    elif kl_reduction is not None:
+        raise ValueError(
+            f"kl_reduction: expected None with reduction 'sum', which weighs nothing, "
+            f"got {kl_reduction!r}"
+        )
+    if noise is not None:
+        checks.latents("noise", noise, like=velocity)
     dtype = checks.compute_dtype(
-        velocity, sample, prev_sample, velocity_uncond, ref_velocity, coef.a
+        velocity, sample, prev_sample, velocity_uncond, ref_velocity, coef.a, noise
     )
     chosen = backends.select("grpo_loss", backend, device, dtype, BACKENDS)
     operands: tuple[Any, ...] = (
@@ -107,7 +125,8 @@ def grpo_loss(
         gate,
         ref_velocity,
         float(kl_coef),
-        kl_reduction,
+        reduction,
+        noise,
         velocity_uncond,
         float(guidance_scale),
     )

@@ -19,8 +19,11 @@ def _outputs(velocity: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 
 def _saved(operands: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    velocity, sample, prev_sample, _, _, coef, *_, ref, _, _, uncond, _ = operands
+    velocity, sample, prev_sample, _, _, coef, *_, ref, _, _, noise, uncond, _ = operands
     *_, alpha, beta = outputs
+    if noise is not None:  # alpha*(prev - a*x - b*v) is to be alpha*noise
+        zero = torch.zeros_like(coef[0])
+        prev_sample, coef = noise, [zero] * len(coef)
     return velocity, sample, prev_sample, alpha, beta, ref, uncond, *coef
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gardo_kernels.ops.sde.coefficients import SDECoefficients
-from gardo_kernels.ops.sde.reference import guided, log_prob_of, transition_mean
+from gardo_kernels.ops.sde.reference import guided, log_prob_of, row_coefficient, transition_mean
 from gardo_kernels.row_sums import row_mean
 
 
@@ -23,7 +23,8 @@ def grpo_loss(
     gate: Tensor | None,
     ref_velocity: Tensor | None,
     kl_coef: float,
-    kl_reduction: str,
+    reduction: str,
+    noise: Tensor | None,
     velocity_uncond: Tensor | None,
     guidance_scale: float,
     dtype: torch.dtype,
@@ -33,17 +34,22 @@ def grpo_loss(
     v = guided(velocity.to(dtype), uncond, guidance_scale)
     mean = transition_mean(v, sample.detach().to(dtype), coef)
     log_prob = log_prob_of(prev_sample.detach().to(dtype), mean, coef)
-    log_ratio = log_prob - old_log_prob.detach().to(dtype)
+    if noise is None:
+        log_ratio = log_prob - old_log_prob.detach().to(dtype)
+    else:
+        z = noise.detach().to(dtype)
+        old_mean = prev_sample.detach().to(dtype) - row_coefficient(coef.c, z) * z
+        log_ratio = row_mean(z * (mean - old_mean))
     policy, ratio, clipped = policy_terms(
         log_ratio, advantage.detach(), 1 - clip_low, 1 + clip_high, adv_clip
     )
     rows = max(policy.shape[0], 1)  # an empty batch has loss 0
-    policy_loss = policy.sum() / rows
+    policy_loss = policy.sum() / (1 if reduction == "sum" else rows)
     if ref_velocity is None:
         kl = torch.zeros_like(policy_loss)
     else:
         weight = coef.kl.to(dtype).expand(v.shape[0])
-        kl = gated_mean_square(v, ref_velocity.detach().to(dtype), gate, kl_reduction, weight)
+        kl = gated_mean_square(v, ref_velocity.detach().to(dtype), gate, reduction, weight)
     loss = policy_loss + kl_coef * kl
     return loss, policy_loss, kl, log_prob, ratio, clipped.to(dtype).sum() / rows
 
@@ -67,7 +73,7 @@ def policy_terms(
 def gated_mean_square(
     v: Tensor, ref: Tensor, gate: Tensor | None, reduction: str, weight: Tensor | None = None
 ) -> Tensor:
-    """Mean over gated samples (``gated``) or sum over gated / batch size (``batch``).
+    """Mean over gated samples (``gated``), sum over gated / batch size (``batch``), or ``sum``.
 
     Rows outside the gate are replaced before any arithmetic: whatever ``ref`` holds there, NaN
     included, reaches neither the value nor the gradient. No gated row gives 0.
@@ -80,6 +86,8 @@ def gated_mean_square(
     per_row = row_mean(difference.square())
     if weight is not None:
         per_row = per_row * torch.where(gate, weight, torch.zeros_like(weight))
+    if reduction == "sum":
+        return per_row.sum()
     if reduction == "batch":
         return per_row.sum() / max(batch, 1)
     return per_row.sum() / gate.sum().clamp(min=1).to(v.dtype)

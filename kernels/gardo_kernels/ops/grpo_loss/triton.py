@@ -18,16 +18,16 @@ from gardo_kernels.triton_helpers import log_prob_from, row_totals
 
 @triton.jit
 def _finish_kernel(
-    partial_ptr, partial_kl_ptr, old_ptr, old_stride, advantage_ptr, advantage_stride, gate_ptr,
+    partial_ptr, partial_kl_ptr, partial_shift_ptr,
+    old_ptr, old_stride, advantage_ptr, advantage_stride, gate_ptr,
     b_ptr, b_stride, scale_ptr, scale_stride, offset_ptr, offset_stride, kl_ptr, kl_stride,
     loss_ptr, stats_ptr, log_prob_ptr, ratio_ptr, alpha_ptr, beta_ptr,
-    batch, rows_in_batch, programs, inverse_n, adv_clip, low, high, kl_coef,
-    HAS_REF: tl.constexpr, HAS_GATE: tl.constexpr, PER_GATED: tl.constexpr,
+    batch, rows_in_batch, policy_rows, kl_rows, programs, inverse_n, adv_clip, low, high, kl_coef,
+    HAS_REF: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NOISE: tl.constexpr, PER_GATED: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """From partial sums to the loss and to the weights ``alpha``, ``beta`` of its gradient."""
     lane = tl.arange(0, ROWS)
-    kl_rows = rows_in_batch
     if HAS_GATE and PER_GATED:
         gated_count = tl.zeros((ROWS,), dtype=tl.float32)
         for first in range(0, batch, ROWS):
@@ -50,7 +50,14 @@ def _finish_kernel(
         advantage = advantage.to(tl.float32)
         advantage = tl.where(advantage > adv_clip, adv_clip, advantage)  # NaN stays NaN
         advantage = tl.where(advantage < -adv_clip, -adv_clip, advantage)
-        ratio = tl.exp(log_prob - old)
+        log_ratio = log_prob - old
+        slope = 2.0 * inverse_n * scale * b
+        if HAS_NOISE:
+            log_ratio = (
+                row_totals(partial_shift_ptr, rows, inside, programs, ROWS, WIDTH) * inverse_n
+            )
+            slope = inverse_n * b
+        ratio = tl.exp(log_ratio)
         bounded = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
         plain, bound = -advantage * ratio, -advantage * bounded
         idle = advantage == 0
@@ -58,7 +65,7 @@ def _finish_kernel(
         policy = tl.where(active, plain, tl.where(idle, 0.0, bound))
         policy_sum += tl.where(inside, policy, 0.0)
         clipped_sum += ((ratio < low) | (ratio > high)).to(tl.float32) * inside.to(tl.float32)
-        alpha = tl.where(active, plain / rows_in_batch * (2.0 * inverse_n * scale * b), 0.0)
+        alpha = tl.where(active, plain / policy_rows * slope, 0.0)
         tl.store(log_prob_ptr + rows, log_prob, mask=inside)
         tl.store(ratio_ptr + rows, ratio, mask=inside)
         tl.store(alpha_ptr + rows, alpha, mask=inside)
@@ -73,7 +80,7 @@ def _finish_kernel(
             tl.store(beta_ptr + rows, tl.where(counted, beta, 0.0), mask=inside)
         else:
             tl.store(beta_ptr + rows, tl.zeros_like(alpha), mask=inside)
-    policy_loss = tl.sum(policy_sum, axis=0) / rows_in_batch
+    policy_loss = tl.sum(policy_sum, axis=0) / policy_rows
     kl = tl.sum(kl_sum, axis=0) / kl_rows
     tl.store(loss_ptr, policy_loss + kl_coef * kl)
     tl.store(stats_ptr, policy_loss)
@@ -94,7 +101,8 @@ def grpo_loss(
     gate: Tensor | None,
     ref_velocity: Tensor | None,
     kl_coef: float,
-    kl_reduction: str,
+    reduction: str,
+    noise: Tensor | None,
     velocity_uncond: Tensor | None,
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -107,9 +115,11 @@ def grpo_loss(
     )
     if batch == 0:
         return loss, stats, log_prob, ratio, alpha, beta
-    partial, partial_kl, cut = residual_sums(
-        velocity, sample, prev_sample, coef, velocity_uncond, guidance_scale, gate, ref_velocity
+    partial, partial_kl, partial_shift, cut = residual_sums(
+        *(velocity, sample, prev_sample, coef, velocity_uncond, guidance_scale),
+        *(gate, ref_velocity, noise),
     )
+    policy_rows = 1.0 if reduction == "sum" else float(batch)
     _, b, _, scale, offset, kl = coef
     strided = (
         *(b, common.stride_of(b), scale, common.stride_of(scale)),
@@ -119,16 +129,17 @@ def grpo_loss(
         _finish_kernel,
         1,
         device,
-        *(partial, partial_kl, old_log_prob, old_log_prob.stride(0)),
+        *(partial, partial_kl, partial_shift, old_log_prob, old_log_prob.stride(0)),
         *(advantage, advantage.stride(0)),
         advantage if gate is None else gate.contiguous().view(torch.uint8),
         *strided,
         *(loss, stats, log_prob, ratio, alpha, beta),
-        *(batch, float(batch), cut.programs, 1.0 / cut.n),
+        *(batch, float(batch), policy_rows, policy_rows, cut.programs, 1.0 / cut.n),
         *(adv_clip, 1.0 - clip_low, 1.0 + clip_high, kl_coef),
         HAS_REF=ref_velocity is not None,
         HAS_GATE=gate is not None,
-        PER_GATED=kl_reduction == "gated",
+        HAS_NOISE=noise is not None,
+        PER_GATED=reduction == "gated",
         ROWS=common.FINAL_ROWS,
         WIDTH=cut.width,
         num_warps=common.FINAL_WARPS,
@@ -144,4 +155,5 @@ def call_every_form(dtype: torch.dtype) -> None:
         for ref in (None, v):
             for gate in (None, torch.zeros(4, dtype=torch.bool)):
                 step, clip = (v, x, x, row, row, coef), (1e-4, 1e-4, 5.0)
-                grpo_loss(*step, *clip, gate, ref, 0.04, "gated", uncond, 4.5)
+                for noise in (None, x):
+                    grpo_loss(*step, *clip, gate, ref, 0.04, "gated", noise, uncond, 4.5)

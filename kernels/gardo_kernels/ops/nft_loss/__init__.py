@@ -9,7 +9,7 @@ from torch import Tensor
 from gardo_kernels import backends, checks
 from gardo_kernels.inference import ordinary
 from gardo_kernels.ops.grpo_loss import check_kl
-from gardo_kernels.ops.nft_loss import fused, reference
+from gardo_kernels.ops.nft_loss import fused, native, reference
 
 __all__ = ["NFTLoss", "nft_loss"]
 
@@ -40,6 +40,7 @@ def nft_loss(
     kl_coef: float = 0.0,
     kl_when_ungated: str = "none",
     backend: str | None = None,
+    reduction: str = "mean",
 ) -> NFTLoss:
     """DiffusionNFT: draw ``v`` to good samples and away from bad ones, on the forward process::
 
@@ -64,6 +65,8 @@ def nft_loss(
         kl_when_ungated: when no sample is gated: ``none`` adds no KL, ``all`` penalises every
             sample (which is what published code did).
         backend: None for the best available, or a name.
+        reduction: ``mean`` as above; ``sum``: ``policy_loss`` is the sum over the samples and
+            ``kl`` that over the gated ones, so that their weights are the caller's alone.
 
     Returns:
         0-d ``loss``, ``policy_loss``, ``kl`` (without ``kl_coef``); float32, or float64 if a latent
@@ -86,6 +89,7 @@ def nft_loss(
     checks.number("beta", beta, low=0.0, exclusive_low=True)
     checks.number("adv_clip", adv_clip, low=0.0, exclusive_low=True)
     check_kl(velocity, gate, ref_velocity, kl_coef)
+    checks.choice("reduction", reduction, native.REDUCTIONS)
     checks.choice("kl_when_ungated", kl_when_ungated, _KL_WHEN_UNGATED)
     dtype = checks.compute_dtype(velocity, old_velocity, x0, xt, ref_velocity)
     chosen = backends.select("nft_loss", backend, device, dtype, BACKENDS)
@@ -103,6 +107,7 @@ def nft_loss(
         gate,
         ref_velocity,
         float(kl_coef),
+        reduction,
     )
     if chosen == "reference":
         loss, policy_loss, kl = reference.nft_loss(*ordinary((*operands, dtype)))

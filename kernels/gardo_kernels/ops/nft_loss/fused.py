@@ -18,7 +18,7 @@ def _outputs(velocity: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 
 def _saved(operands: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    velocity, old_velocity, x0, xt, t, *_, ref, _ = operands
+    velocity, old_velocity, x0, xt, t, *_, ref, _, _ = operands
     return velocity, old_velocity, x0, xt, t, outputs[2], ref
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from gardo_kernels import core, host_memory
 
+#: In the order of the core's codes.
+REDUCTIONS = ("mean", "sum")
+
 
 def _tensors(
     velocity: Tensor,
@@ -42,6 +45,7 @@ def nft_loss(
     gate: Tensor | None,
     ref_velocity: Tensor | None,
     kl_coef: float,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``loss``, ``stats [2]`` (policy_loss, kl), ``weights [3, B]`` of the gradient.
 
@@ -49,6 +53,7 @@ def nft_loss(
     """
     velocity, old_velocity = velocity.contiguous(), old_velocity.contiguous()
     x0, xt, ref_velocity = x0.contiguous(), xt.contiguous(), core.dense(ref_velocity)
+    gate = core.dense(gate)
     t, advantage = core.as_float32(t), core.as_float32(advantage)
     call = core.require_core().nft_loss
     arguments = _tensors(velocity, old_velocity, x0, xt, t, ref_velocity)
@@ -58,9 +63,10 @@ def nft_loss(
         **arguments,
         beta=beta,
         advantage=core.array("advantage", advantage, torch.float32, (rows,)),
-        gate=core.array("gate", core.dense(gate), torch.bool, (rows,)),
+        gate=core.array("gate", gate, torch.bool, (rows,)),
         adv_clip=adv_clip,
         kl_coef=kl_coef,
+        reduction=core.choice("reduction", reduction, REDUCTIONS),
         loss=loss.data_ptr(),
         stats=stats.data_ptr(),
         weights=weights.data_ptr(),

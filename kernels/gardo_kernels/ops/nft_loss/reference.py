@@ -24,6 +24,7 @@ def nft_loss(
     gate: Tensor | None,
     ref_velocity: Tensor | None,
     kl_coef: float,
+    reduction: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``loss, policy_loss, kl``."""
@@ -37,11 +38,12 @@ def nft_loss(
     l_positive = _self_normalised_error(noisy - time * positive, clean)
     l_negative = _self_normalised_error(noisy - time * negative, clean)
     per_row = adv_clip * (preference * l_positive + (1 - preference) * l_negative) / beta
-    policy_loss = per_row.sum() / max(per_row.shape[0], 1)
+    mean = reduction == "mean"
+    policy_loss = per_row.sum() / (max(per_row.shape[0], 1) if mean else 1)
     if ref_velocity is None:
         kl = torch.zeros_like(policy_loss)
     else:
-        kl = gated_mean_square(v, ref_velocity.detach().to(dtype), gate, "gated")
+        kl = gated_mean_square(v, ref_velocity.detach().to(dtype), gate, "gated" if mean else "sum")
     return policy_loss + kl_coef * kl, policy_loss, kl
 
 

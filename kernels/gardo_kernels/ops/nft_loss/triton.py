@@ -75,12 +75,13 @@ def _sums_kernel(
 def _finish_kernel(
     partial_ptr, advantage_ptr, advantage_stride, gate_ptr, t_ptr, t_stride,
     loss_ptr, stats_ptr, weights_ptr,
-    batch, rows_in_batch, programs, count, inverse_n, beta, adv_clip, kl_coef,
-    HAS_REF: tl.constexpr, HAS_GATE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    batch, policy_rows, programs, count, inverse_n, beta, adv_clip, kl_coef,
+    HAS_REF: tl.constexpr, HAS_GATE: tl.constexpr, PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, ROWS)
-    kl_rows = rows_in_batch
-    if HAS_GATE:
+    kl_rows = policy_rows
+    if HAS_GATE and PER_ROW:
         gated_count = tl.zeros((ROWS,), dtype=tl.float32)
         for first in range(0, batch, ROWS):
             gate = tl.load(gate_ptr + first + lane, mask=first + lane < batch, other=0)
@@ -108,7 +109,7 @@ def _finish_kernel(
         policy = adv_clip * (share * l_positive + (1.0 - share) * l_negative) / beta
         policy_sum += tl.where(inside, policy, 0.0)
         # d l/d v: 2/n * error/weight * (-+ t*beta); the beta cancels that of the loss.
-        slope = 2.0 * inverse_n * adv_clip * t / rows_in_batch
+        slope = 2.0 * inverse_n * adv_clip * t / policy_rows
         tl.store(weights_ptr + rows, -slope * factor_positive, mask=inside)
         tl.store(weights_ptr + batch + rows, slope * factor_negative, mask=inside)
         if HAS_REF:
@@ -123,7 +124,7 @@ def _finish_kernel(
             tl.store(weights_ptr + 2 * batch + rows, tl.where(counted, kl_weight, 0.0), mask=inside)
         else:
             tl.store(weights_ptr + 2 * batch + rows, tl.zeros_like(policy), mask=inside)
-    policy_loss = tl.sum(policy_sum, axis=0) / rows_in_batch
+    policy_loss = tl.sum(policy_sum, axis=0) / policy_rows
     kl = tl.sum(kl_sum, axis=0) / kl_rows
     tl.store(loss_ptr, policy_loss + kl_coef * kl)
     tl.store(stats_ptr, policy_loss)
@@ -181,6 +182,7 @@ def nft_loss(
     gate: Tensor | None,
     ref_velocity: Tensor | None,
     kl_coef: float,
+    reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``loss``, ``stats [2]`` (policy_loss, kl), ``weights [3, B]`` of the gradient."""
     batch, device = velocity.shape[0], velocity.device
@@ -212,10 +214,20 @@ def nft_loss(
         1,
         device,
         *(partial, advantage, advantage.stride(0), mask, t, common.stride_of(t)),
-        *(loss, stats, weights, batch, float(batch), cut.programs, count, 1.0 / cut.n),
+        *(
+            loss,
+            stats,
+            weights,
+            batch,
+            float(batch) if reduction == "mean" else 1.0,
+            cut.programs,
+            count,
+            1.0 / cut.n,
+        ),
         *(beta, adv_clip, kl_coef),
         HAS_REF=ref_velocity is not None,
         HAS_GATE=gate is not None,
+        PER_ROW=reduction == "mean",
         ROWS=common.FINAL_ROWS,
         WIDTH=cut.width,
         num_warps=common.FINAL_WARPS,
@@ -259,5 +271,5 @@ def call_every_form(dtype: torch.dtype) -> None:
     x, row, scalar = torch.zeros(v.shape), torch.zeros(4), torch.zeros(())
     for ref in (None, v):
         for gate in (None, torch.zeros(4, dtype=torch.bool)):
-            nft_loss(v, v, x, x, row, row, 1.0, 5.0, gate, ref, 0.04)
+            nft_loss(v, v, x, x, row, row, 1.0, 5.0, gate, ref, 0.04, "mean")
         nft_grad(v, v, x, x, row, scalar, torch.zeros(3, 4), 1.0, ref)

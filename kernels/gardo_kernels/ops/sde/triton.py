@@ -116,13 +116,14 @@ def _step_kernel(
 @triton.jit
 def residual_kernel(
     v_ptr, v_stride, u_ptr, u_stride, x_ptr, x_stride, prev_ptr, prev_stride,
-    ref_ptr, ref_stride, gate_ptr,
-    a_ptr, a_stride, b_ptr, b_stride,
-    partial_ptr, partial_kl_ptr, n, programs, guidance,
+    ref_ptr, ref_stride, gate_ptr, z_ptr, z_stride,
+    a_ptr, a_stride, b_ptr, b_stride, c_ptr, c_stride,
+    partial_ptr, partial_kl_ptr, partial_shift_ptr, n, programs, guidance,
     HAS_UNCOND: tl.constexpr, HAS_REF: tl.constexpr, HAS_GATE: tl.constexpr,
-    TILE: tl.constexpr, TILES: tl.constexpr,
+    HAS_NOISE: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of ``(prev - mean)^2`` and, on gated rows, of ``(v - v_ref)^2``."""
+    """Partial sums of ``(prev - mean)^2``; on gated rows, of ``(v - v_ref)^2``; with noise, of
+    ``noise * (mean - (prev - c*noise))``."""
     row, start = row_and_start(programs, TILE, TILES)
     a = tl.load(a_ptr + row * a_stride)
     b = tl.load(b_ptr + row * b_stride)
@@ -132,6 +133,7 @@ def residual_kernel(
     lane = tl.arange(0, TILE)
     total = tl.zeros((TILE,), dtype=tl.float32)
     total_kl = tl.zeros((TILE,), dtype=tl.float32)
+    total_shift = tl.zeros((TILE,), dtype=tl.float32)
     for tile in range(TILES):
         offset = start + tile * TILE + lane
         mask = offset < n
@@ -146,10 +148,15 @@ def residual_kernel(
             wanted = mask & gated  # reference rows outside the gate are not even read
             difference = tl.where(wanted, v - load(ref_ptr + row * ref_stride, offset, wanted), 0.0)
             total_kl = tl.fma(difference, difference, total_kl)
+        if HAS_NOISE:
+            z = load(z_ptr + row * z_stride, offset, mask)
+            total_shift += z * (z * tl.load(c_ptr + row * c_stride) - residual)
     sums = tree_sum(tl.reshape(total, (1, TILE)), 1, TILE)
     tl.store(partial_ptr + tl.program_id(0) + tl.arange(0, 1), sums)
     if HAS_REF:
         tl.store(partial_kl_ptr + tl.program_id(0), tl.sum(total_kl, axis=0))
+    if HAS_NOISE:
+        tl.store(partial_shift_ptr + tl.program_id(0), tl.sum(total_shift, axis=0))
 
 
 @triton.jit
@@ -252,9 +259,8 @@ def sde_log_prob(
 ) -> Tensor:
     """``log_prob [B]``."""
     _, _, _, scale, offset, _ = coef
-    partial, _, cut = residual_sums(
-        velocity, sample, prev_sample, coef, velocity_uncond, guidance_scale, None, None
-    )
+    guided = (velocity_uncond, guidance_scale)
+    partial, _, _, cut = residual_sums(velocity, sample, prev_sample, coef, *guided)
     return _log_prob(partial, cut, scale, offset)
 
 
@@ -265,32 +271,36 @@ def residual_sums(
     coef: Sequence[Tensor],
     velocity_uncond: Tensor | None,
     guidance_scale: float,
-    gate: Tensor | None,
-    ref_velocity: Tensor | None,
-) -> tuple[Tensor, Tensor, common.Tiling]:
-    """Partial sums ``[B, programs]`` of the squared residual and of the squared KL difference."""
-    a, b, *_ = coef
+    gate: Tensor | None = None,
+    ref_velocity: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, common.Tiling]:
+    """Partial sums ``[B, programs]`` of ``residual_kernel``."""
+    a, b, c, *_ = coef
     batch, cut = velocity.shape[0], common.tiling(common.row_length(velocity))
     v, x, prev = (common.dense_rows(t) for t in (velocity, sample, prev_sample))
     u, u_stride = common.optional_rows(velocity_uncond, v)
     ref, ref_stride = common.optional_rows(ref_velocity, v)
     partial = torch.empty(batch, cut.programs, dtype=torch.float32, device=velocity.device)
     partial_kl = partial if ref_velocity is None else torch.empty_like(partial)
+    partial_shift = partial if noise is None else torch.empty_like(partial)
+    z, z_stride = common.optional_rows(noise, v)
     common.launch(
         residual_kernel,
         batch * cut.programs,
         velocity.device,
         *(v, v.stride(0), u, u_stride, x, x.stride(0), prev, prev.stride(0), ref, ref_stride),
-        v if gate is None else gate.contiguous().view(torch.uint8),
-        *(a, common.stride_of(a), b, common.stride_of(b)),
-        *(partial, partial_kl, cut.n, cut.programs, guidance_scale),
+        *(v if gate is None else gate.contiguous().view(torch.uint8), z, z_stride),
+        *(a, common.stride_of(a), b, common.stride_of(b), c, common.stride_of(c)),
+        *(partial, partial_kl, partial_shift, cut.n, cut.programs, guidance_scale),
         HAS_UNCOND=velocity_uncond is not None,
         HAS_REF=ref_velocity is not None,
         HAS_GATE=gate is not None,
+        HAS_NOISE=noise is not None,
         TILE=cut.tile,
         TILES=cut.tiles,
     )
-    return partial, partial_kl, cut
+    return partial, partial_kl, partial_shift, cut
 
 
 def velocity_grad(
