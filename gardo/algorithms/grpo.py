@@ -73,70 +73,27 @@ class GRPO(Algorithm[TrainingData]):
         return self._with_reference(data)
 
     def loss(self, data: TrainingData, batch: MicroBatch, k: int) -> gk.GRPOLoss:
-        t, norm = data.at(k, batch.rows), data.ratio_norm
+        t, norm, config = data.at(k, batch.rows), data.ratio_norm, self.algorithm
         velocity = self.sampler.velocity(t.latents, t.timesteps, batch.conditioning)
-        out = gk.grpo_loss(
+        # with the normalised ratio the policy loss, linear in the advantage, is divided by this
+        size = 1.0 if norm is None else norm.step_size[k]
+        return gk.grpo_loss(
             velocity.cond,
             t.latents,
             t.next_latents,
             t.old_log_prob,
-            # the normalised ratio's policy loss stands below; the kernel then gives the KL alone
-            batch.advantage if norm is None else torch.zeros_like(batch.advantage),
+            batch.advantage / size,
             t.coefficients,
-            clip_range=self.algorithm.clip_range,
-            adv_clip=self.algorithm.adv_clip,
+            clip_range=config.clip_range,
+            adv_clip=config.adv_clip / size,
             gate=batch.gate,
             ref_velocity=data.ref_velocity(k, batch),
-            kl_coef=self.algorithm.kl_coef * batch.kl_weight if batch.gated else 0.0,
-            kl_reduction="batch",
+            kl_coef=config.kl_coef * batch.kl_weight,
             velocity_uncond=velocity.uncond,
             guidance_scale=velocity.guidance_scale,
+            reduction="sum",
+            noise=None if norm is None else norm.noise[k, batch.rows],
         )
-        if norm is not None:
-            noise = norm.noise[k, batch.rows]
-            ratio = normalised_ratio(
-                velocity.guided, t.latents, t.next_latents, noise, t.coefficients
-            )
-            advantage = batch.advantage.clamp(-self.algorithm.adv_clip, self.algorithm.adv_clip)
-            policy = clipped_loss(ratio, advantage, self.algorithm.clip_range) / norm.step_size[k]
-            out = out._replace(
-                loss=out.loss + policy, policy_loss=policy.detach(), ratio=ratio.detach()
-            )
-        count = len(batch.rows)
-        return out._replace(
-            loss=out.loss * count, policy_loss=out.policy_loss * count, kl=out.kl * count
-        )
-
-
-def normalised_ratio(
-    velocity: Tensor, sample: Tensor, prev_sample: Tensor, noise: Tensor, coef: gk.SDECoefficients
-) -> Tensor:
-    """GRPO-Guard's importance ratio (RatioNorm, arXiv 2510.22319), ``[B]`` float32.
-
-    It adds the shift of the mean, ``mean((m - m_old)^2) / (2 c^2)``, to the difference of the
-    log-probs and multiplies by the standard deviation ``c`` of the transition, so that the ratio
-    has mean 1 and the same spread at every step. With ``prev = m_old + c*z`` the squares cancel::
-
-        log ratio = mean(z * (m - m_old)),  m = a*x + b*v
-
-    Args:
-        velocity: guided velocity of the policy, ``[B, ...]``; the ratio is differentiable in it.
-        sample, prev_sample: the step of the trajectory, ``[B, ...]``.
-        noise: the ``z`` that made it, ``[B, ...]``.
-        coef: of the step, 0-d fields.
-    """
-    old_mean = prev_sample - coef.c * noise
-    mean = coef.a * sample + coef.b * velocity.float()
-    return torch.exp((noise * (mean - old_mean)).flatten(1).mean(1))
-
-
-def clipped_loss(
-    ratio: Tensor, advantage: Tensor, clip_range: float | tuple[float, float]
-) -> Tensor:
-    """PPO's loss averaged over the batch: ``max(-A*r, -A*clamp(r, 1-low, 1+high))``, 0-d."""
-    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
-    clipped = ratio.clamp(1 - low, 1 + high)
-    return torch.maximum(-advantage * ratio, -advantage * clipped).mean()
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ class NFT(Algorithm[NFTData]):
         velocity = self.sampler.velocity(x.latents, x.timesteps, batch.conditioning).cond
         reference = data.ref_velocity(k, batch)
         # a sample without advantage has a loss, too: the padding must go
-        out = gk.nft_loss(
+        return gk.nft_loss(
             velocity[:n],
             x.behaviour_velocity[:n],
             x.clean_latents[:n],
@@ -126,9 +126,9 @@ class NFT(Algorithm[NFTData]):
             adv_clip=self.algorithm.adv_clip,
             gate=batch.gate[:n],
             ref_velocity=None if reference is None else reference[:n],
-            kl_coef=self.algorithm.kl_coef * batch.kl_weight * batch.gated / max(n, 1),
+            kl_coef=self.algorithm.kl_coef * batch.kl_weight,
+            reduction="sum",
         )
-        return gk.NFTLoss(out.loss * n, out.policy_loss * n, out.kl * batch.gated)
 
     def finish_epoch(self, optimizer_steps: int) -> dict[str, float]:
         """The behaviour policy follows the policy, the slower the longer training has lasted."""

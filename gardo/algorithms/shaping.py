@@ -133,9 +133,9 @@ class Shaper:
             )
 
         drawn, fraction = draw(), self.controller.fraction
-        # the mean of all is 0 whatever the rewards: the trend is that of the others
-        eligible = drawn.uncertainty[valid & (drawn.uncertainty >= 0)]
-        mean = float(eligible.mean()) if len(eligible) else 0.0
+        mean, u = float(drawn.mean_uncertainty), drawn.uncertainty
+        if config.share_of == "all":  # over all it is 0, whatever the rewards, and has no trend
+            mean = float(u[valid & (u >= 0)].mean().nan_to_num())
         if self.gate_mode in ("paper", "official") and config.adaptive:
             # the fraction follows this epoch's uncertainty before the gate is drawn
             if self.controller.update(mean) != fraction:

@@ -189,14 +189,13 @@ class Algorithm(ABC, Generic[Data]):
 
     def kl_weight(self, data: Data, index: int, rows: slice) -> float:
         """Of a penalised sample's KL in a micro-batch, where its policy loss has weight 1."""
-        shaped, reduction = data.shaped, self.algorithm.kl_reduction
-        if data.reference is None:
+        gated = _count(data.shaped.gated_rows, rows)
+        if data.reference is None or not gated:
             return 0.0
-        if reduction == "gated":
-            size, gated = data.rollout.plan.update_sizes[index], shaped.gated_per_update[index]
-            return size / max(gated, 1)
-        if reduction == "microbatch":
-            return (rows.stop - rows.start) / max(_count(shaped.gated_rows, rows), 1)
+        if self.algorithm.kl_reduction == "gated":
+            return data.rollout.plan.update_sizes[index] / data.shaped.gated_per_update[index]
+        if self.algorithm.kl_reduction == "microbatch":
+            return (rows.stop - rows.start) / gated
         return 1.0
 
     def _with_reference(self, data: Data, timesteps: Tensor | None = None) -> Data:

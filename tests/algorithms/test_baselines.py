@@ -8,14 +8,7 @@ import pytest
 import torch
 
 import gardo_kernels as gk
-from gardo.algorithms.grpo import (
-    GRPO,
-    RatioNorm,
-    TrainingData,
-    clipped_loss,
-    normalised_ratio,
-    sampling_noise,
-)
+from gardo.algorithms.grpo import GRPO, RatioNorm, TrainingData, sampling_noise
 from gardo.algorithms.reference import reference_pass
 from gardo.algorithms.shaping import Shaper
 from gardo.algorithms.stats import UpdateStats
@@ -202,16 +195,26 @@ def test_normalised_ratio_is_the_published_expression(kind):
     shift = (mean - old_mean).double().square().flatten(1).mean(1) / (2 * c**2)
     expected = torch.exp((log_prob(mean) - log_prob(old_mean) + shift) * c)
     assert (expected - 1).abs().max() > 1e-3
-    torch.testing.assert_close(
-        normalised_ratio(v, x, prev, z, coef).double(), expected, rtol=0, atol=2e-6
+    out = gk.grpo_loss(v, x, prev, torch.zeros(3), torch.ones(3), coef, noise=z)
+    torch.testing.assert_close(out.ratio.double(), expected, rtol=0, atol=2e-6)
+
+
+def test_normalised_loss_by_hand():
+    """log ratio = mean(z * (m - m_old)) with m = 2 x + v and c = 1."""
+    one = torch.tensor(1.0)
+    coef = gk.SDECoefficients(
+        a=2 * one, b=one, c=one, scale=one / 2, offset=0 * one, kl=one / 2, std=one, kind="flow"
     )
-
-
-def test_clipped_loss_by_hand():
     ratio = torch.tensor([1.3, 1.3, 0.5, 0.5])
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    x, z = torch.full((4, 2), 0.25), torch.tensor([[1.0, -1.0]]).expand(4, 2)
+    v = z * ratio.log()[:, None]
+    prev = 2 * x + z  # of a velocity of 0
+    arguments = v, x, prev, torch.zeros(4), advantage, coef, (0.2, 0.1)
+    out = gk.grpo_loss(*arguments, noise=z, reduction="sum")
+    torch.testing.assert_close(out.ratio, ratio)
     # max(-A r, -A clip): -1.1, 1.3, -0.5, 0.8
-    assert float(clipped_loss(ratio, advantage, (0.2, 0.1))) == pytest.approx(0.125)
+    assert float(out.policy_loss) == pytest.approx(0.5)
 
 
 @pytest.fixture
