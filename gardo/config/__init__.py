@@ -5,6 +5,7 @@ This package imports neither torch nor diffusers, so that ``--help`` and errors 
 
 from gardo.config.algorithm import AlgorithmConfig, NFTConfig, ReferenceConfig
 from gardo.config.fields import on_resume
+from gardo.config.generators import GENERATORS
 from gardo.config.loading import (
     RECIPES,
     iter_keys,
@@ -29,6 +30,7 @@ from gardo.config.schema import (
 from gardo.config.traits import TRAITS, Traits
 
 __all__ = [
+    "GENERATORS",
     "RECIPES",
     "TRAITS",
     "AlgorithmConfig",

@@ -20,6 +20,7 @@ from gardo.config.fields import (
     key,
     section,
 )
+from gardo.config.traits import TRAITS
 
 
 class GateConfig(Section):
@@ -63,7 +64,7 @@ class NFTConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    name: Literal["grpo", "nft"] = key(
+    name: Literal[tuple(TRAITS)] = key(  # type: ignore[valid-type]
         "grpo", "policy gradient on the denoising steps, or DiffusionNFT on the forward process"
     )
     compat: Compat = key(

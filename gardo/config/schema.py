@@ -27,6 +27,7 @@ from gardo.config.fields import (
     rounding_key,
     section,
 )
+from gardo.config.generators import GENERATORS
 from gardo.families import FAMILIES
 
 
@@ -68,7 +69,7 @@ class PromptsConfig(Section):
     dataset: str | None = key(None, "prompts: Hugging Face data set, used where there is no path")
     column: str = key("prompt", "column of the data set that has the prompts")
     split: str = key("train", "which part of a folder, a data set or a generator: train, test")
-    generator: Literal["shapes", "geneval", "ocr", "counting"] | None = key(
+    generator: Literal[tuple(GENERATORS)] | None = key(  # type: ignore[valid-type]
         None, "built-in prompts, used where there is neither path nor data set"
     )
     parameters: dict[str, Any] = key({}, "keyword arguments of the generator")

@@ -71,7 +71,7 @@ class PipelineModel:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode ``[B, C, h, w]`` latents to images in [0, 1], float32."""
         vae = self.pipeline.vae
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         images = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return (images.float() / 2 + 0.5).clamp(0, 1)
 

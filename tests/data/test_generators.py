@@ -9,9 +9,9 @@ import pytest
 
 from gardo.config import PromptsConfig
 from gardo.data.coco import CLASSES, COLORS, GENEVAL_COLORS, TASKS
-from gardo.data.generators import geneval_prompts, ocr_prompts
 from gardo.data.generators.counting import counting_prompts
-from gardo.data.generators.ocr import SCENES, TEST_WORDS, TRAIN_WORDS, WORDS
+from gardo.data.generators.geneval import geneval_prompts
+from gardo.data.generators.ocr import SCENES, TEST_WORDS, TRAIN_WORDS, WORDS, ocr_prompts
 from gardo.data.generators.vocabulary import allocate
 from gardo.data.prompts import load_prompts
 from gardo.types import UserError

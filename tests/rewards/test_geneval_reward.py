@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gardo.config import RewardsConfig
-from gardo.data.generators import geneval_prompts
+from gardo.data.generators.geneval import geneval_prompts
 from gardo.rewards.geneval import rules
 from gardo.rewards.geneval.colors import crop_object
 from gardo.rewards.geneval.reward import MODES, GenEvalReward

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gardo.data.coco import TASKS
-from gardo.data.generators import geneval_prompts
+from gardo.data.generators.geneval import geneval_prompts
 from gardo.rewards.geneval.rules import (
     Detection,
     Limits,

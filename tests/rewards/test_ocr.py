@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gardo.config import RewardsConfig
 from gardo.data.files import read_prompt_file
-from gardo.data.generators import ocr_prompts
+from gardo.data.generators.ocr import ocr_prompts
 from gardo.rewards.ocr import OCRReward, edit_distance, normalise, quoted_text, text_score
 from gardo.rewards.registry import build_reward
 from gardo.rewards.scoring import RewardSet
