@@ -42,8 +42,9 @@ class UpdateStats:
     ) -> None:
         """Add the sums over a micro-batch, of which ``size`` rows are no padding."""
         clipped = distance = torch.zeros_like(out.kl)
-        if isinstance(out, gk.GRPOLoss):
-            ratio = out.ratio[:size]
+        ratio = getattr(out, "ratio", None)
+        if ratio is not None:
+            ratio = ratio[:size]
             deviation = (ratio - 1).abs()
             clipped, distance = _outside(ratio, clip_range).sum(), deviation.sum()
             if not self.grad_norm:  # the policy is still the one that sampled
