@@ -11,6 +11,7 @@ from torch import Tensor
 import gardo_kernels as gk
 from gardo.algorithms.reference import trained_steps
 from gardo.algorithms.shaping import ShapedEpoch
+from gardo.algorithms.stats import Loss
 from gardo.algorithms.update import Algorithm, EpochData, MicroBatch
 from gardo.config import TRAITS, Config
 from gardo.models.base import Schedule
@@ -72,7 +73,7 @@ class GRPO(Algorithm[TrainingData]):
             data.ratio_norm = RatioNorm(noise, [sizes[step] for step in steps])
         return self._with_reference(data)
 
-    def loss(self, data: TrainingData, batch: MicroBatch, k: int) -> gk.GRPOLoss:
+    def loss(self, data: TrainingData, batch: MicroBatch, k: int) -> Loss:
         t, norm, config = data.at(k, batch.rows), data.ratio_norm, self.algorithm
         velocity = self.sampler.velocity(t.latents, t.timesteps, batch.conditioning)
         # with the normalised ratio the policy loss, linear in the advantage, is divided by this

@@ -16,7 +16,7 @@ COMPAT: dict[Compat, dict[str, Any]] = {
     "official": {
         "kl_scale": "official",
         "kl_reduction": "microbatch",
-        "kl_when_ungated": {"grpo": "none", "nft": "all"},
+        "kl_when_ungated": {"nft": "all"},
         "gate.mode": "official",
         "gate.ties": "ordinal",
         "gate.share_of": "nonnegative",
@@ -33,9 +33,9 @@ TOGGLES = ("kl_when_ungated", "gate.ties", "reference.judged_by")
 
 
 def compat_value(dotted: str, compat: Compat, algorithm: str) -> Any:
-    """A value of the table for an algorithm, ``grpo`` or ``nft``."""
+    """A value of the table for an algorithm: the paper's where its published code has none."""
     value = COMPAT[compat][dotted]
-    return value[algorithm] if isinstance(value, dict) else value
+    return value.get(algorithm, COMPAT["paper"][dotted]) if isinstance(value, dict) else value
 
 
 def with_compat_defaults(data: Mapping[str, Any]) -> Mapping[str, Any]:

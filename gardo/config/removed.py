@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 from gardo.config.compat import COMPAT, TOGGLES, compat_value
+from gardo.config.traits import TRAITS
 from gardo.types import UserError
 
 _BOUND, _RATIO = "sampling.max_ratio_deviation", "health.ratio"
@@ -42,7 +43,7 @@ def _holds_anyway(dotted: str, given: Any, data: dict[str, Any]) -> bool:
         return bool(given == 1e-3)  # the default, and now that of health.ratio
     algorithm, gate = _parent(data, "algorithm.")[0], _parent(data, "algorithm.gate.")[0]
     compat, name = algorithm.get("compat", "paper"), algorithm.get("name", "grpo")
-    if compat not in list(COMPAT) or name not in ("grpo", "nft"):
+    if compat not in list(COMPAT) or name not in list(TRAITS):
         return True  # refused by their own name later
     implied = compat_value(dotted.removeprefix("algorithm."), compat, name)
     mode = gate.get("mode", COMPAT[compat].get("gate.mode"))
