@@ -49,11 +49,11 @@ class Shaper:
         self.rewards = rewards
         # without a KL term there is nothing to gate
         self.gate_mode = config.gate.mode if config.kl_coef > 0 else "off"
-        # a fraction that does not adapt need not lie where adaptive ones move
-        self.controller = (
-            gk.AdaptiveFraction(config.gate.fraction)
-            if config.gate.adaptive
-            else gk.AdaptiveFraction(config.gate.fraction, low=0.0, high=1.0)
+        fraction, gates = config.gate.fraction, self.gate_mode in ("paper", "official")
+        self.fraction = (
+            gk.AdaptiveFraction(fraction)
+            if config.gate.adaptive and gates
+            else gk.AdaptiveFraction(fraction, low=fraction, high=fraction)
         )
 
     def __call__(self, book: ScoreBook, plan: EpochPlan, runtime: Runtime) -> ShapedEpoch:
@@ -120,37 +120,27 @@ class Shaper:
         if ties == "auto":
             ties = "ordinal" if official else "half"
 
-        def draw() -> gk.GatedSamples:
-            return gk.gate_samples(
-                proxy,
-                aux,
-                group_ids,
-                self.controller.fraction,
-                side="under" if official else "over",
-                ties=ties,
-                share_of=config.share_of,
-                scope=config.scope,
-            )
-
-        drawn, fraction = draw(), self.controller.fraction
-        mean, u = float(drawn.mean_uncertainty), drawn.uncertainty
-        if config.share_of == "all":  # over all it is 0, whatever the rewards, and has no trend
-            mean = float(u[valid & (u >= 0)].mean().nan_to_num())
-        if self.gate_mode in ("paper", "official") and config.adaptive:
-            # the fraction follows this epoch's uncertainty before the gate is drawn
-            if self.controller.update(mean) != fraction:
-                drawn = draw()
+        drawn = gk.gate_samples(
+            proxy,
+            aux,
+            group_ids,
+            self.fraction,
+            side="under" if official else "over",
+            ties=ties,
+            share_of=config.share_of,
+            scope=config.scope,
+        )
         gate = {"all": valid, "off": torch.zeros_like(valid)}.get(self.gate_mode, drawn.gate)
         return gate, {
-            "gate/fraction": self.controller.fraction,
+            "gate/fraction": self.fraction.fraction,
             "gate/share": float(gate.double().mean()),
             # by group, if each has its own
             "gate/threshold": float(drawn.threshold.mean()),
-            "uncertainty/mean": mean,
+            "uncertainty/mean": float(drawn.mean_uncertainty),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return self.controller.state_dict()
+        return self.fraction.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.controller.load_state_dict(state)
+        self.fraction.load_state_dict(state)

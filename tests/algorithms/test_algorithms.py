@@ -293,7 +293,7 @@ def test_the_fraction_adapts_before_the_gate_is_drawn(config, runtime):
         assert torch.equal(shaped.gate, (uncertainty > threshold) & (uncertainty >= 0))
     restored = shaper_of(config)
     restored.load_state_dict(shaper.state_dict())
-    assert restored.controller.fraction == shaper.controller.fraction
+    assert restored.fraction.fraction == shaper.fraction.fraction
 
 
 def test_reward_metrics_of_no_score_are_not_numbers():

@@ -180,3 +180,28 @@ def test_errors_name_the_argument(change, error, message):
     }  # fmt: skip
     with pytest.raises(error, match=message):
         gk.gate_samples(**arguments)
+
+
+@pytest.mark.parametrize("backend", REWARD_BACKENDS)
+@pytest.mark.parametrize("share_of", ["nonnegative", "all"])
+def test_an_adaptive_fraction_moves_before_the_gate_is_drawn(backend, share_of):
+    g = torch.Generator().manual_seed(0)
+    ids = torch.arange(200) % 10
+    ours, theirs = gk.AdaptiveFraction(0.1), gk.AdaptiveFraction(0.1)
+    moved = 0
+    for spread in (1.0, 3.0, 0.2, 1.0):
+        base = torch.randn(200, generator=g, dtype=torch.float64)
+        proxy = base + spread * torch.randn(200, generator=g, dtype=torch.float64)
+        aux = base.expand(2, -1).contiguous()
+        proxy[7] = torch.nan
+        found = gk.gate_samples(proxy, aux, ids, ours, share_of=share_of, backend=backend)
+        u = found.uncertainty[proxy.isfinite()]
+        before = theirs.fraction
+        after = theirs.update(u[u >= 0].mean())
+        moved += after != before
+        expected = gk.gate_samples(proxy, aux, ids, after, share_of=share_of, backend=backend)
+        assert torch.equal(found.gate, expected.gate)
+        assert torch.equal(found.threshold, expected.threshold)
+        torch.testing.assert_close(found.mean_uncertainty, u[u >= 0].mean(), rtol=1e-12, atol=0)
+        assert ours.state_dict()["fraction"] == after
+    assert moved >= 2

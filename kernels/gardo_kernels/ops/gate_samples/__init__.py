@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gardo_kernels import backends, checks
+from gardo_kernels.adaptive import AdaptiveFraction
 from gardo_kernels.operators import operator
 from gardo_kernels.ops.gate_samples import native
 
@@ -41,7 +42,7 @@ def gate_samples(
     proxy: Tensor,
     aux: Tensor,
     group_ids: Tensor,
-    fraction: float | Tensor,
+    fraction: float | Tensor | AdaptiveFraction,
     side: str = "over",
     ties: str = "half",
     share_of: str = "all",
@@ -58,7 +59,8 @@ def gate_samples(
         aux: ``[K, N]`` floating, auxiliary rewards; K may be 0 (then no sample is uncertain).
         group_ids: int64 ``[N]`` in any order, one id per prompt; read with ``scope="group"``.
         fraction: the share to gate, in ``[0, 1]``; a number, or a 0-d floating tensor (whose value
-            is not checked on an accelerator, and read there by the kernel).
+            is not checked on an accelerator, and read there by the kernel). An `AdaptiveFraction`
+            is updated with the mean of the U ``>= 0`` first, which waits for an accelerator.
         side: ``over``: samples that the proxy over-rates are uncertain; ``under``: those that it
             under-rates (U has the other sign), which is what published code gates.
         ties: ``half``: equal rewards count one half, U is in ``[-1, 1]``; ``ordinal``: U is the
@@ -75,6 +77,7 @@ def gate_samples(
         ``uncertainty`` ``[N]``, ``gate`` bool ``[N]``, ``threshold`` (the quantile) 0-d, or ``[N]``
         where each group has its own, and 0-d ``mean_uncertainty`` over the samples that the
         quantile is taken of. With ``all`` that mean is 0: ranks of every reward have the same mean.
+        With an `AdaptiveFraction` it is the mean that this was updated with.
         Computed in float64; float64 for a float64 proxy, else float32. No gradient flows.
 
         A sample with a reward that is not finite takes no part: uncertainty 0, not gated, left out
@@ -88,14 +91,24 @@ def gate_samples(
     checks.rewards("proxy", proxy, 1)
     checks.rewards("aux", aux, 2, proxy)
     checks.group_ids(group_ids, proxy.shape[0], proxy.device)
-    number, tensor = _fraction(fraction)
+    adaptive = fraction if isinstance(fraction, AdaptiveFraction) else None
+    number, tensor = _fraction(fraction if adaptive is None else adaptive.fraction)
     checks.choice("side", side, native.SIDES)
     checks.choice("ties", ties, native.TIES)
     checks.choice("share_of", share_of, native.SHARES)
     checks.choice("scope", scope, native.SCOPES)
     chosen = backends.select("gate_samples", backend, proxy.device, proxy.dtype, BACKENDS)
     wide = (proxy.to(torch.float64), aux.to(torch.float64), group_ids)
-    found = _gate_samples(chosen, *wide, number, tensor, side, ties, share_of, scope)
+    rule = (side, ties, share_of, scope)
+    found = _gate_samples(chosen, *wide, number, tensor, *rule)
+    if adaptive is not None:
+        uncertainty, *_, mean = found
+        if share_of == "all":
+            kept = (uncertainty >= 0) & proxy.isfinite() & aux.isfinite().all(0)
+            mean = torch.where(kept, uncertainty, 0.0).sum() / kept.sum().clamp(min=1)
+        if adaptive.update(mean) != number:
+            found = _gate_samples(chosen, *wide, adaptive.fraction, None, *rule)
+        found = (*found[:3], mean)
     if proxy.dtype == torch.float64:
         return GatedSamples(*found)
     uncertainty, gate, *others = found
