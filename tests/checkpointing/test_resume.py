@@ -41,9 +41,7 @@ KILLS = int(os.environ.get("GARDO_KILLS", "6"))
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
-    runner = Runner(tmp_path_factory.mktemp("log") / "stderr.txt")
-    yield runner
-    runner.close()
+    return Runner(tmp_path_factory.mktemp("log") / "stderr.txt")
 
 
 @pytest.fixture(scope="module")

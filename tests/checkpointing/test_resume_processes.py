@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpointing.test_resume import assert_same, rows
+from tests.support import warm
 from tests.support.forked import Runner, arguments
 
 ROOT = Path(__file__).parents[2]
@@ -27,26 +28,26 @@ RUN = {
 }
 
 
-def launch(arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def launch(python, arguments):
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.Popen(
         [*command, "-m", "gardo.train", *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python},
     )
 
 
 @pytest.mark.slow
 def test_processes_stop_together_and_any_number_of_them_goes_on(tmp_path):
     whole, run, alone = tmp_path / "whole", tmp_path / "run", tmp_path / "alone"
-    process = launch(arguments(whole, **RUN))
+    process = launch(sys.executable, arguments(whole, **RUN))
     said = process.communicate(timeout=240)[0]
     assert process.returncode == 0, said
 
-    process = launch(arguments(run, **RUN))
+    process = launch(warm.python(), arguments(run, **RUN))
     metrics = run / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
@@ -59,7 +60,7 @@ def test_processes_stop_together_and_any_number_of_them_goes_on(tmp_path):
     assert checkpoint.name in ("epoch_0001", "epoch_0002", "epoch_0003")
     shutil.copytree(run, alone)
 
-    process = launch(arguments(run, "--resume", **RUN))
+    process = launch(warm.python(), arguments(run, "--resume", **RUN))
     said = process.communicate(timeout=240)[0]
     assert process.returncode == 0, said
     assert_same(run, whole)
@@ -67,7 +68,6 @@ def test_processes_stop_together_and_any_number_of_them_goes_on(tmp_path):
     # one process draws the same samples; sums are taken in another order
     runner = Runner(tmp_path / "stderr.txt")
     assert runner.run(arguments(alone, "--resume", **RUN)) == 0, runner.said
-    runner.close()
     for ours, theirs in zip(
         rows(alone / "metrics.jsonl"), rows(whole / "metrics.jsonl"), strict=True
     ):

@@ -83,7 +83,6 @@ def test_memory_threads_and_files_stay_flat(tmp_path):
     watch.ended.set()
     watch.join()
     assert code == 0, runner.said
-    runner.close()
 
     assert watch.problems == []
     assert [row["epoch"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(EPOCHS))

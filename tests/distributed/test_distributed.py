@@ -18,6 +18,7 @@ from gardo.checkpointing.checkpoint import Checkpoint
 from gardo.sampling.plan import plan_epoch, shared_batches
 from gardo.types import UserError
 from tests.gardo.test_training import SHORT
+from tests.support import warm
 
 HERE = Path(__file__).parents[1] / "support"
 # 18 samples in two updates of 9: unequal shares, and a process without a second batch
@@ -37,7 +38,8 @@ SETTINGS = {
 
 def torchrun(processes, *arguments, nodes=1, wait=True, timeout=240, **environment):
     """Run by torchrun: what has finished or, not waited for, the launcher of one of the nodes."""
-    command = [sys.executable, "-m", "torch.distributed.run"]
+    python = warm.python()
+    command = [python, "-m", "torch.distributed.run"]
     command += ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes), *RENDEZVOUS]
     command += ["--nproc_per_node", str(processes), *arguments]
     launcher = subprocess.Popen(
@@ -46,7 +48,13 @@ def torchrun(processes, *arguments, nodes=1, wait=True, timeout=240, **environme
         stderr=subprocess.PIPE,
         text=True,
         cwd=HERE.parent.parent,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHON_EXEC": python,  # of the processes that it starts
+            **environment,
+        },
     )
     if not wait:
         return launcher

@@ -24,6 +24,7 @@ from gardo.rng import generator, normal_rows
 from gardo.tiny.scenes import parse_prompt
 from tests.evaluation import counting
 from tests.evaluation.conftest import PROMPTS, evaluate, files, make_run
+from tests.support import warm
 from tests.support.tiny import save_pipeline
 
 
@@ -305,7 +306,7 @@ def test_what_is_lost_is_made_again(compared, places, tmp_path, capfd):
 
 
 def command(out: Path, *words) -> list[str]:
-    return [sys.executable, "-m", "gardo.evaluate", *map(str, words), "--out", str(out)]
+    return ["-m", "gardo.evaluate", *map(str, words), "--out", str(out)]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75)])
@@ -314,8 +315,12 @@ def test_a_killed_evaluation_goes_on(places, tmp_path, number, code):
              "judge", "--steps", "8", "--batch_size", 1]  # fmt: skip
     out = tmp_path / "killed"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    python = sys.executable if number == signal.SIGKILL else warm.python()
     process = subprocess.Popen(
-        command(out, *words), env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        [python, *command(out, *words)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while len(list(out.glob("cache/*/*.png"))) < 4 and time.monotonic() < deadline:

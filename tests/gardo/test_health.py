@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,9 +33,7 @@ NFT = {"algorithm__name": "nft", "sampling__same_latent": "false"}
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory):
-    runner = Runner(tmp_path_factory.mktemp("log") / "stderr.txt")
-    yield runner
-    runner.close()
+    return Runner(tmp_path_factory.mktemp("log") / "stderr.txt")
 
 
 def fault(*updates, what="loss", rank=0):
@@ -330,10 +326,10 @@ SHARED = {**RUN, "health__ratio": "null"}
 
 
 def train_together(processes, folder, hook, **environment):
-    script = str(Path(__file__).parents[1] / "support" / "faulty_training.py")
     command = [str(a) for a in arguments(folder, **SHARED)]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    return torchrun(processes, script, json.dumps(hook), *command, PYTHONPATH=path, **environment)
+    return torchrun(
+        processes, "-m", "tests.support.forked", json.dumps(hook), *command, **environment
+    )
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

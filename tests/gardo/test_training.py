@@ -17,6 +17,7 @@ from gardo.run.folder import RunFolder
 from gardo.sampling.steps import step_table
 from gardo.train import train
 from gardo.trainer import Trainer
+from tests.support import warm
 
 SHORT = {
     "epochs": "2",
@@ -45,12 +46,12 @@ reference/reset time/rollout time/update forwards/policy forwards/reference imag
 def command_line(folder, **changes):
     settings = {**SHORT, "output_dir": str(folder), **changes}
     overrides = [f"--{key}={value}" for key, value in settings.items()]
-    return [sys.executable, "-m", "gardo.train", "tiny", *overrides]
+    return ["-m", "gardo.train", "tiny", *overrides]
 
 
-def run(folder, **changes):
+def run(folder, python=None, **changes):
     result = subprocess.run(
-        command_line(folder, **changes),
+        [python or warm.python(), *command_line(folder, **changes)],
         capture_output=True,
         text=True,
         timeout=240,
@@ -78,7 +79,7 @@ def comparable(row):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "first"
-    return folder, run(folder)
+    return folder, run(folder, sys.executable)
 
 
 def test_run_folder_is_complete(finished):

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from gardo.rewards.serve import protocol
 from tests.rewards import toys
 from tests.rewards.toys import toy
+from tests.support import warm
 
 TOKEN = "correct-horse"
 REWARDS = ",".join([toy("corner"), toy("length"), toy("brittle"), toy("sleepy"), toy("batch_size")])
@@ -431,7 +432,7 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Comple
     import os
 
     return subprocess.run(
-        [sys.executable, "-m", "gardo.rewards.serve", *arguments],
+        [warm.python(), "-m", "gardo.rewards.serve", *arguments],
         cwd=toys.ROOT,
         capture_output=True,
         text=True,
@@ -475,7 +476,7 @@ def test_a_port_in_use_and_an_unusable_token(server) -> None:
 
 
 def test_a_signal_ends_the_server() -> None:
-    with toys.serving("count") as server:
+    with toys.serving("count", python=sys.executable) as server:
         wait_ready(server.url)
         server.process.terminate()
         assert server.wait() in (0, -15)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gardo.rewards.base import RewardSpec
 from gardo.types import RewardOutput
+from tests.support import warm
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,13 +75,20 @@ def toy(name: str) -> str:
 class Server:
     """A server process; its URL stays the same over restarts."""
 
-    def __init__(self, rewards: str, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        rewards: str,
+        *options: str,
+        env: dict[str, str] | None = None,
+        python: str | None = None,
+    ) -> None:
         self._rewards, self._options, self._env = rewards, options, env or {}
+        self._python = python or warm.python()
         self.port = 0
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "gardo.rewards.serve", "--rewards", self._rewards]
+        command = [self._python, "-m", "gardo.rewards.serve", "--rewards", self._rewards]
         command += ["--port", str(self.port), "--device", "cpu", *self._options]
         self.process = subprocess.Popen(
             command,
@@ -120,8 +128,8 @@ class Server:
 
 
 @contextmanager
-def serving(rewards: str, *options: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    server = Server(rewards, *options, env=env)
+def serving(rewards: str, *options: str, **others: Any) -> Iterator[Server]:
+    server = Server(rewards, *options, **others)
     try:
         yield server
     finally:

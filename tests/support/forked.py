@@ -1,19 +1,21 @@
-"""Runs `gardo.train` in forks of a process that has imported everything: each starts at once.
+"""Runs of `gardo.train` that something may happen to, each in a fork that starts at once.
 
-As a module it is that process: it reads a request per line and answers with the process id of the
-fork and, when that has ended, with its exit status.
+As a module it is such a run: its first argument is a hook in JSON, with a name and arguments, or
+null.
 """
 
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.support import warm
+
+ROOT = Path(__file__).parents[2]
 
 SMALLEST = {
     "device": "cpu",
@@ -44,38 +46,24 @@ def arguments(folder, *words, **changes):
     return [*words, *(f"--{key}={value}" for key, value in settings.items())]
 
 
-IMPORTED_LATE = """
-diffusers.guiders diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3
-transformers.models.clip.modeling_clip transformers.models.t5.modeling_t5 peft accelerate
-gardo.trainer gardo.run.report gardo.rewards.shapes gardo.rewards.judge torch.profiler
-""".split()
-"""What a run imports, the costly part of it."""
-
-
 class Runner:
-    """The test's side of the process."""
+    """Starts runs, whose output goes to a file."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.forked"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
 
     def start(self, argv, hook=None) -> int:
         """Start a run; returns its process id."""
-        request = {"argv": [str(a) for a in argv], "log": str(self.log), "hook": hook}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        with self.log.open("wb") as log, open(os.devnull) as nothing:
+            files = (nothing.fileno(), log.fileno(), log.fileno())
+            command = ["-m", "tests.support.forked", json.dumps(hook), *argv]
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+            self._run = warm.Fork(warm.server(), command, files, environment, ROOT)
+        return self._run.pid
 
     def wait(self) -> int:
         """Exit code of the run that was started; -N if signal N ended it."""
-        return int(self._process.stdout.readline())
+        return self._run.wait()
 
     def run(self, argv, hook=None) -> int:
         self.start(argv, hook)
@@ -83,57 +71,8 @@ class Runner:
 
     @property
     def said(self) -> str:
-        """What the last run wrote to standard error."""
+        """What the last run wrote."""
         return self.log.read_text()
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._process.stdout.close()
-
-
-def serve() -> None:
-    import torch
-
-    for module in IMPORTED_LATE:
-        importlib.import_module(module)
-    import gardo.run.report
-
-    torch.set_num_threads(1)
-    # its curves take as long as six epochs, and nothing is resumed from it
-    gardo.run.report.write_report = lambda runs, out: out
-    for line in sys.stdin:
-        request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _child(request)
-        print(pid, flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-
-
-def _child(request) -> None:
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    code = 1
-    try:
-        from gardo import cli, train
-
-        if request["hook"]:
-            HOOKS[request["hook"]["name"]](**request["hook"]["with"])
-        sys.argv = ["gardo.train", *request["argv"]]
-        cli.run(train.main)
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def _before(owner, name, count, action) -> None:
@@ -304,5 +243,18 @@ HOOKS = {
     for f in (die_while_saving, disk_full, signals, fail, not_finite, leave_out, collapse)
 }
 
+
+def main() -> None:
+    import gardo.run.report
+    from gardo import cli, train
+
+    # its curves take as long as six epochs, and nothing is resumed from it
+    gardo.run.report.write_report = lambda runs, out: out
+    if hook := json.loads(sys.argv.pop(1)):
+        HOOKS[hook["name"]](**hook["with"])
+    sys.argv[0] = "gardo.train"
+    cli.run(train.main)
+
+
 if __name__ == "__main__":
-    serve()
+    main()
