@@ -166,6 +166,7 @@ def test_fraction_as_a_tensor_and_the_dtype_of_results(backend):
         ({"group_ids": torch.zeros(4)}, TypeError, "group_ids: expected dtype torch.int64"),
         ({"fraction": 1.5}, ValueError, r"fraction: .*\[0.0, 1.0\], got 1.5"),
         ({"fraction": torch.zeros(2)}, ValueError, "fraction: expected one value"),
+        ({"fraction": torch.zeros((), device="meta")}, ValueError, "fraction: expected device cpu"),
         ({"side": "both"}, ValueError, "side: expected one of over, under, got 'both'"),
         ({"ties": "max"}, ValueError, "ties: expected one of half, ordinal"),
         ({"share_of": "paper"}, ValueError, "share_of: expected one of all, nonnegative"),

@@ -92,7 +92,7 @@ def gate_samples(
     checks.rewards("aux", aux, 2, proxy)
     checks.group_ids(group_ids, proxy.shape[0], proxy.device)
     adaptive = fraction if isinstance(fraction, AdaptiveFraction) else None
-    number, tensor = _fraction(fraction if adaptive is None else adaptive.fraction)
+    number, tensor = _fraction(fraction if adaptive is None else adaptive.fraction, proxy.device)
     checks.choice("side", side, native.SIDES)
     checks.choice("ties", ties, native.TIES)
     checks.choice("share_of", share_of, native.SHARES)
@@ -117,7 +117,7 @@ def gate_samples(
     )
 
 
-def _fraction(fraction: Any) -> tuple[float, Tensor | None]:
+def _fraction(fraction: Any, device: torch.device) -> tuple[float, Tensor | None]:
     """As a number where the host knows it, else as a 0-d tensor."""
     if not isinstance(fraction, Tensor):
         return checks.number("fraction", fraction, low=0.0, high=1.0), None
@@ -127,4 +127,4 @@ def _fraction(fraction: Any) -> tuple[float, Tensor | None]:
     fraction = fraction.detach().reshape(())
     if fraction.device.type == "cpu":
         return checks.number("fraction", fraction.item(), low=0.0, high=1.0), None
-    return 0.0, fraction
+    return 0.0, checks.same_device("fraction", fraction, device)
