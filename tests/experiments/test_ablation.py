@@ -118,6 +118,7 @@ def test_one_seed_has_no_deviation():
 # --- runs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("warm_runs")
 def test_runs_are_kept_and_other_settings_refused(tmp_path):
     first = TrainingRun(tmp_path / "a", SMALLEST_TRAINING)
     train_all([first, TrainingRun(tmp_path / "b", {**SMALLEST_TRAINING, "seed": "7"})], jobs=2)
@@ -140,6 +141,12 @@ def test_failing_run_is_named_with_its_reason(tmp_path, monkeypatch):
         train_all([broken], jobs=1)
 
 
+def test_a_run_is_a_process_of_the_python_that_runs_this(tmp_path):
+    command = TrainingRun(tmp_path / "a", SMALLEST_TRAINING).command
+    assert command[:3] == [sys.executable, "-m", "gardo.train"]
+
+
+@pytest.mark.usefixtures("warm_runs")
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "QUICK", SMALLEST)
     kept = tuple(m for m in methods.METHODS if m.name in ("grpo", "gardo"))

@@ -58,6 +58,7 @@ def test_statistics():
     assert "| grpo | 0.950 ± 0.071 | 0.200 ± 0.071 | 0.100 ± 0.071 |" in markdown(summary)
 
 
+@pytest.mark.usefixtures("warm_runs")
 def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "QUICK", run.Scale(epochs=1, group_size=2, images=1))
     out = tmp_path / "out"

@@ -18,7 +18,8 @@ import threading
 from typing import NoReturn
 
 IMPORTED = """
-gardo.train gardo.trainer gardo.evaluate gardo.run.report gardo.run.trackers gardo.run.faults
+gardo.train gardo.trainer gardo.models.sd3 gardo.evaluate gardo.run.report.curves matplotlib.figure
+gardo.run.trackers gardo.run.faults
 gardo.evaluation.workflow gardo.evaluation.comparison gardo.evaluation.comparison_report
 gardo.rewards.shapes gardo.rewards.judge gardo.rewards.serve.cli gardo.rewards.serve.app uvicorn
 diffusers.guiders diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3
