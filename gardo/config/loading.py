@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from gardo.config.consistency import contradictions
 from gardo.config.removed import refuse_removed, take_over_bound, without_removed
 from gardo.config.schema import Config
 from gardo.types import UserError
@@ -184,9 +185,12 @@ def validate(data: Mapping[str, Any]) -> Config:
     data = without_removed(data)
     _check_keys(data)
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(data)
     except ValidationError as error:
         raise UserError(_explain(error)) from None
+    for problem in contradictions(config):
+        raise UserError(problem)
+    return config
 
 
 def to_yaml(config: Config) -> str:
@@ -262,8 +266,6 @@ def _explain(error: ValidationError) -> str:
     """One sentence for the first problem: the key, what was expected and what came."""
     first = error.errors(include_url=False)[0]
     message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return message
     where = []
     for part in first["loc"]:  # the path ends where a union or list of pydantic's own begins
         if isinstance(part, str) and part.isidentifier():
