@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from gardo.config.compat import COMPAT, TOGGLES, compat_value
+from gardo.config.compat import COMPAT, TOGGLES, compat_value, resolved_ties
 from gardo.config.traits import TRAITS
 from gardo.types import UserError
 
@@ -47,8 +47,7 @@ def _holds_anyway(dotted: str, given: Any, data: dict[str, Any]) -> bool:
         return True  # refused by their own name later
     implied = compat_value(dotted.removeprefix("algorithm."), compat, name)
     mode = gate.get("mode", COMPAT[compat].get("gate.mode"))
-    auto = "ordinal" if mode == "official" else "half"  # of gate.ties
-    return (auto if given == "auto" else given) == (auto if implied == "auto" else implied)
+    return bool(resolved_ties(given, mode) == resolved_ties(implied, mode))
 
 
 def take_over_bound(data: Mapping[str, Any]) -> dict[str, Any]:
