@@ -120,8 +120,7 @@ def _resume(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> Ar
     else:
         point = resume.find_resume_point(Path(options.resume).expanduser(), tell)
         recipe = options.recipe or str(point.checkpoint.path / "config.yaml")
-        own = options.recipe is None
-        config = load_config(recipe, options.config, overrides, of_run=own)
+        config = load_config(recipe, options.config, overrides)
         asked = Path(config.output_dir).expanduser()
         if "output_dir" in given and asked.resolve() != point.folder.resolve():
             raise UserError(

@@ -116,17 +116,13 @@ class Shaper:
     ) -> tuple[Tensor, dict[str, float]]:
         """The gate, bool ``[N]``, and its figures."""
         config, official = self.config.gate, self.gate_mode == "official"
-        ties = self.config.gate_ties
-        if ties == "auto":
-            ties = "ordinal" if official else "half"
-
         drawn = gk.gate_samples(
             proxy,
             aux,
             group_ids,
             self.fraction,
             side="under" if official else "over",
-            ties=ties,
+            ties=self.config.gate_ties,
             share_of=config.share_of,
             scope=config.scope,
         )

@@ -92,9 +92,12 @@ def find_in_output_dir(config: Config, told: Callable[[str], None]) -> ResumePoi
 
 def _config(folder: Path) -> Config:
     try:
-        return load_config(str(folder / "config.yaml"), of_run=True)
+        return load_config(str(folder / "config.yaml"))
     except UserError as error:
-        raise UserError(f"'{folder / 'config.yaml'}': {error}") from None
+        raise UserError(
+            f"'{folder / 'config.yaml'}': {error}; if an earlier version made this run with such "
+            "settings, it needs that version to go on"
+        ) from None
 
 
 def check_resumable(point: ResumePoint, asked: Config) -> list[str]:

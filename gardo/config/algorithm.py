@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from gardo.config.compat import Compat, compat_value, with_compat_defaults
+from gardo.config.compat import Compat, compat_value, resolved_ties, with_compat_defaults
 from gardo.config.fields import (
     ClipRange,
     Fraction,
@@ -98,12 +98,9 @@ class AlgorithmConfig(Section):
         return self._set_by_compat("kl_when_ungated")
 
     @property
-    def gate_ties(self) -> Literal["auto", "half", "ordinal"]:
-        """Equal rewards count one half, or rank in sample order.
-
-        ``auto``: ordinal with ``gate.mode`` official, else half.
-        """
-        return self._set_by_compat("gate.ties")
+    def gate_ties(self) -> Literal["half", "ordinal"]:
+        """Equal rewards count one half, or rank in sample order."""
+        return resolved_ties(self._set_by_compat("gate.ties"), self.gate.mode)
 
     @property
     def reset_judged_by(self) -> Literal["epoch", "update"]:

@@ -38,6 +38,11 @@ def compat_value(dotted: str, compat: Compat, algorithm: str) -> Any:
     return value.get(algorithm, COMPAT["paper"][dotted]) if isinstance(value, dict) else value
 
 
+def resolved_ties(ties: Any, mode: Any) -> Any:
+    """What a value of ``gate.ties`` means: ``auto`` is ordinal with ``gate.mode`` official."""
+    return ("ordinal" if mode == "official" else "half") if ties == "auto" else ties
+
+
 def with_compat_defaults(data: Mapping[str, Any]) -> Mapping[str, Any]:
     """The keys of ``algorithm``, and where they are not set those of its ``compat``."""
     compat = data.get("compat", "paper")

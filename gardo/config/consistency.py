@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from gardo.config.schema import Config
 from gardo.config.traits import TRAITS
-
-if TYPE_CHECKING:
-    from gardo.config.schema import Config
 
 
 def contradictions(c: Config) -> Iterator[str]:

@@ -7,13 +7,15 @@ import os
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gardo.config.removed import refuse_removed, take_over_bound, without_removed
+from gardo.config.consistency import contradictions
+from gardo.config.removed import refuse_removed, settle_removed
 from gardo.config.schema import Config
 from gardo.types import UserError
 
@@ -85,7 +87,7 @@ def load_config(
     recipe: str = "tiny",
     files: Sequence[Path] = (),
     overrides: Sequence[tuple[str, str]] = (),
-    of_run: bool = False,
+    to_evaluate: bool = False,
 ) -> Config:
     """Merge a recipe, further YAML files and dotted overrides, in this order, and validate.
 
@@ -93,25 +95,25 @@ def load_config(
         recipe: name of a built-in recipe, or path of a YAML file.
         files: YAML files whose keys win over the recipe's.
         overrides: ``(dotted key, text)`` pairs that win over everything.
-        of_run: whether the recipe is the ``config.yaml`` of a run, maybe of an earlier version.
+        to_evaluate: whether keys of training that are gone do not matter in the recipe.
 
     A recipe may name another one as its ``base`` and then holds only what differs.
 
     Raises:
         UserError: unknown recipe or key, wrong type or range, contradictory options.
     """
-    data = read_recipe(recipe)
-    if of_run:
-        data = take_over_bound(data)
+    data = read_recipe(recipe, to_evaluate)
     for file in files:
         _merge(data, read_yaml(file))
+        settle_removed(data)
     for dotted, text in overrides:
-        refuse_removed(dotted)
         parts = dotted.split(".")
         value: Any = text if _takes_text(dotted) else parse_value(text)
         for part in reversed(parts):
             value = {part: value}
         _merge(data, value)
+    for dotted, text in overrides:
+        refuse_removed(dotted, parse_value(text), data)
     config = validate(data)
     name = config.recipe or Path(recipe).stem
     # it becomes part of paths
@@ -152,11 +154,14 @@ def _recipe_path(recipe: str) -> Path:
     )
 
 
-def read_recipe(recipe: str, derived: Sequence[Path] = ()) -> dict[str, Any]:
+def read_recipe(
+    recipe: str, to_evaluate: bool = False, derived: Sequence[Path] = ()
+) -> dict[str, Any]:
     """Read a recipe on top of its ``base``, if it has one; lists replace, sections merge.
 
     Args:
         recipe: name of a built-in recipe, or path of a YAML file.
+        to_evaluate: as for `load_config`.
         derived: files that led here by their ``base``, outermost first.
 
     Raises:
@@ -169,24 +174,30 @@ def read_recipe(recipe: str, derived: Sequence[Path] = ()) -> dict[str, Any]:
     data = read_yaml(path)
     base = data.pop("base", None)
     if base is None:
+        settle_removed(data, to_evaluate)
         return data
     if not isinstance(base, str):
         raise UserError(f"base: expected a recipe's name or path in '{path}', got {base!r}")
     if base.endswith((".yaml", ".yml")):  # a path is relative to the file that names it
         base = str(Path(os.path.normpath(path.parent / Path(base).expanduser())))
-    merged = read_recipe(base, (*derived, path))
+    merged = read_recipe(base, to_evaluate, (*derived, path))
     _merge(merged, data)
+    settle_removed(merged, to_evaluate)
     return merged
 
 
 def validate(data: Mapping[str, Any]) -> Config:
     """Check a nested mapping against the schema; UserError names the key, need and value."""
-    data = without_removed(data)
-    _check_keys(data)
+    settled = deepcopy(dict(data))
+    settle_removed(settled)
+    _check_keys(settled)
     try:
-        return Config.model_validate(data)
+        config = Config.model_validate(settled)
     except ValidationError as error:
         raise UserError(_explain(error)) from None
+    for problem in contradictions(config):
+        raise UserError(problem)
+    return config
 
 
 def to_yaml(config: Config) -> str:
@@ -262,8 +273,6 @@ def _explain(error: ValidationError) -> str:
     """One sentence for the first problem: the key, what was expected and what came."""
     first = error.errors(include_url=False)[0]
     message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return message
     where = []
     for part in first["loc"]:  # the path ends where a union or list of pydantic's own begins
         if isinstance(part, str) and part.isidentifier():

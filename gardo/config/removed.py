@@ -2,74 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
-from gardo.config.compat import COMPAT, TOGGLES, compat_value
+from gardo.config.compat import COMPAT, TOGGLES, compat_value, resolved_ties
 from gardo.config.traits import TRAITS
 from gardo.types import UserError
 
 _BOUND, _RATIO = "sampling.max_ratio_deviation", "health.ratio"
-REMOVED = {_BOUND: f"renamed to {_RATIO}"} | {
-    f"algorithm.{toggle}": "gone; algorithm.compat official sets it" for toggle in TOGGLES
-}
-"""What is said of each."""
+_TOGGLES = tuple(f"algorithm.{toggle}" for toggle in TOGGLES)
 
 
-def refuse_removed(dotted: str) -> None:
-    """Refuse a key that was typed; UserError says what replaces it."""
-    if dotted in REMOVED:
-        raise UserError(f"{dotted}: {REMOVED[dotted]}")
+def refuse_removed(dotted: str, given: Any, data: dict[str, Any]) -> None:
+    """Refuse a key that is gone; UserError says what to do instead, with the other keys' values."""
+    if dotted == _BOUND:
+        raise UserError(f"{dotted}: renamed to {_RATIO}")
+    if dotted not in _TOGGLES or not _known(data):
+        return  # an unknown algorithm.compat or name is refused later, by its own name
+    compat = _section(data, "algorithm").get("compat", "paper")
+    giving = _giving(dotted, given, data)
+    if compat in giving:
+        advice = f"this is what algorithm.compat {compat} does: leave it out"
+    elif giving:
+        advice = f"only algorithm.compat {giving[0]} does that"
+    else:
+        advice = f"no algorithm.compat does that with the other settings, got {given!r}"
+    raise UserError(f"{dotted}: gone; {advice}")
 
 
-def without_removed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without the keys that are gone, as files of earlier versions have them.
+def settle_removed(data: dict[str, Any], to_evaluate: bool = False) -> None:
+    """Take the keys that are gone out of a configuration, as files of earlier versions have them.
+
+    Args:
+        data: what a file holds, on top of what it is merged into; changed in place.
+        to_evaluate: whether to leave out keys of training whatever they say, as no evaluation
+            depends on them.
 
     Raises:
         UserError: such a key has another value than what holds without it.
     """
-    rest = deepcopy(dict(data))
-    for dotted in REMOVED:
-        area, name = _parent(rest, dotted)
-        if name in area and not _holds_anyway(dotted, area.pop(name), rest):
-            refuse_removed(dotted)
-    return rest
+    for dotted in (_BOUND, *_TOGGLES):
+        if dotted in data:  # written with its dots
+            refuse_removed(dotted, data[dotted], data)
+        section, _, name = dotted.rpartition(".")
+        area = _section(data, section)
+        if name not in area:
+            continue
+        given = area.pop(name)
+        if dotted == _BOUND:
+            kept = _keep_bound(given, _section(data, "health"))
+        else:
+            compat = _section(data, "algorithm").get("compat", "paper")
+            kept = not _known(data) or compat in _giving(dotted, given, data)
+        if not kept and not to_evaluate:
+            refuse_removed(dotted, given, data)
+    algorithm = _section(data, "algorithm")
+    # earlier versions had it without compat official, too
+    if to_evaluate and algorithm.get("kl_reduction") == "microbatch":
+        del algorithm["kl_reduction"]
 
 
-def _holds_anyway(dotted: str, given: Any, data: dict[str, Any]) -> bool:
-    """Whether a configuration without the key means the same."""
-    if dotted == _BOUND:
-        return bool(given == 1e-3)  # the default, and now that of health.ratio
-    algorithm, gate = _parent(data, "algorithm.")[0], _parent(data, "algorithm.gate.")[0]
-    compat, name = algorithm.get("compat", "paper"), algorithm.get("name", "grpo")
-    if compat not in list(COMPAT) or name not in list(TRAITS):
-        return True  # refused by their own name later
-    implied = compat_value(dotted.removeprefix("algorithm."), compat, name)
-    mode = gate.get("mode", COMPAT[compat].get("gate.mode"))
-    auto = "ordinal" if mode == "official" else "half"  # of gate.ties
-    return (auto if given == "auto" else given) == (auto if implied == "auto" else implied)
+def _keep_bound(bound: Any, health: dict[str, Any]) -> bool:
+    """Make ``health.ratio`` the stricter of the two bounds that were; whether that can be done.
 
-
-def take_over_bound(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run, with one bound in place of the two that an earlier version had.
-
-    It is the laxer one: the run neither stops nor warns where it did not before.
+    On resume, too: a process checks its first update by it, as the earlier version did.
     """
-    own = deepcopy(dict(data))
-    (sampling, name), (health, _) = _parent(own, _BOUND), _parent(own, _RATIO)
-    bound, alarm = sampling.pop(name, 0.0), health.get("ratio")
-    if bound is None:
-        health["ratio"] = None
-    elif isinstance(alarm, float):
-        health["ratio"] = max(bound, alarm)
-    return own
+    alarm = health.get("ratio", 1e-3)
+    if not all(value is None or isinstance(value, (int, float)) for value in (bound, alarm)):
+        return False
+    if "ratio" in health:
+        health["ratio"] = min((v for v in (bound, alarm) if v is not None), default=None)
+        return True
+    return bool(bound == alarm)
 
 
-def _parent(data: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
-    """The section that a key lies in, or an empty one, and the key's name in it."""
-    *sections, name = dotted.split(".")
-    for section in sections:
-        inner = data.get(section)
+def _known(data: dict[str, Any]) -> bool:
+    """Whether the compat and the name of the algorithm are known ones."""
+    algorithm = _section(data, "algorithm")
+    compat, name = algorithm.get("compat", "paper"), algorithm.get("name", "grpo")
+    return compat in list(COMPAT) and name in list(TRAITS)
+
+
+def _giving(dotted: str, given: Any, data: dict[str, Any]) -> list[str]:
+    """The values of ``algorithm.compat`` with which it is as a key that is gone asks for."""
+    name = _section(data, "algorithm").get("name", "grpo")
+    found: list[str] = []
+    for compat, defaults in COMPAT.items():
+        mode = _section(data, "algorithm.gate").get("mode", defaults.get("gate.mode"))
+        implied = compat_value(dotted.removeprefix("algorithm."), compat, name)
+        if resolved_ties(given, mode) == resolved_ties(implied, mode):
+            found.append(compat)
+    return found
+
+
+def _section(data: dict[str, Any], dotted: str) -> dict[str, Any]:
+    """A section, or an empty one where there is none."""
+    for part in dotted.split("."):
+        inner = data.get(part)
         data = inner if isinstance(inner, dict) else {}
-    return data, name
+    return data

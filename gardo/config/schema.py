@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from gardo.config.algorithm import AlgorithmConfig
-from gardo.config.consistency import contradictions
 from gardo.config.fields import (
     Fraction,
     Names,
@@ -269,9 +268,3 @@ class Config(Section):
     evaluation: EvaluationConfig = section(EvaluationConfig, "held-out evaluation and pictures")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "what a run is resumed from")
     health: HealthConfig = section(HealthConfig, "when a run warns that it goes wrong, or stops")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        for problem in contradictions(self):
-            raise ValueError(problem)
-        return self

@@ -113,7 +113,7 @@ def _configuration(request: Request, sources: Sequence[Source]) -> Config:
     """The recipe's, the first run's, or, if all is said on the command line, an own one."""
     runs = [source.run for source in sources if source.run is not None]
     if request.recipe is not None:
-        config = load_config(request.recipe)
+        config = load_config(request.recipe, to_evaluate=True)
     elif runs:
         config = runs[0]
     else:

@@ -87,7 +87,7 @@ def _find_in_folder(text: str, path: Path, option: str) -> Source:
 
 
 def _run_folder(text: str, run: Path, option: str) -> Source:
-    config = load_config(str(run.absolute() / "config.yaml"), of_run=True)
+    config = load_config(str(run.absolute() / "config.yaml"), to_evaluate=True)
     found = _weights(run / "export")
     if found is None:
         raise UserError(

@@ -438,21 +438,46 @@ def test_settings_that_change_rounding_alone_are_told(runner, copy):
     assert config.train.batch_size == 2
 
 
-@pytest.mark.parametrize("bound", [1e-3, None])
-def test_a_run_of_an_earlier_version_goes_on_with_keys_that_are_gone(runner, whole, copy, bound):
-    config = yaml.safe_load((copy / "config.yaml").read_text())
+def make_former(run, bound=1e-3, ties="auto"):
+    """Give a run the settings as an earlier version wrote them."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
     config["sampling"]["max_ratio_deviation"] = bound
     config["health"]["ratio"] = 0.01
     config["algorithm"]["kl_when_ungated"] = "none"
-    config["algorithm"]["gate"]["ties"] = "auto"
+    config["algorithm"]["gate"]["ties"] = ties
     config["algorithm"]["reference"]["judged_by"] = "epoch"
     text = yaml.safe_dump(config)
-    (copy / "config.yaml").write_text(text)
-    rewrite(copy / CHECKPOINT, "config.yaml", text.encode())
+    (run / "config.yaml").write_text(text)
+    rewrite(run / CHECKPOINT, "config.yaml", text.encode())
+
+
+@pytest.mark.parametrize("bound", [1e-3, None])
+def test_a_run_of_an_earlier_version_goes_on_with_keys_that_are_gone(runner, whole, copy, bound):
+    make_former(copy, bound)
     assert runner.run(["--resume", copy, "--epochs", 6]) == 0, runner.said
     assert_same(copy, whole["grpo"][0])
     kept = load_config(str(copy / "config.yaml")).health.ratio
-    assert kept == (None if bound is None else 0.01)
+    assert kept == (0.01 if bound is None else bound)
+
+
+def test_compat_on_top_of_a_run_of_an_earlier_version_is_another_setting(runner, copy):
+    make_former(copy)
+    assert runner.run(["--resume", copy, "--algorithm.compat", "official"]) == 2
+    message = "is a run with other settings: algorithm.compat ('paper' there, 'official' asked for)"
+    assert f"'{copy}' {message}. " in runner.said
+
+
+def test_a_run_of_an_earlier_version_with_what_is_gone_needs_that_version(runner, copy):
+    make_former(copy, ties="ordinal")
+    before = files(copy)
+    for command in (["--resume", copy], arguments(copy, "--resume", **RUN)):
+        assert runner.run(command) == 2
+        assert runner.said.strip().splitlines()[-1] == (
+            f"error: '{copy / CHECKPOINT / 'config.yaml'}': algorithm.gate.ties: gone; only "
+            "algorithm.compat official does that; if an earlier version made this run with such "
+            "settings, it needs that version to go on"
+        )
+    assert files(copy) == before
 
 
 def test_the_best_checkpoint_is_kept(runner, tmp_path):

@@ -197,3 +197,17 @@ def test_dump_holds_every_key():
             node = node[part]
     assert validate(dumped) == load_config("tiny")
     assert isinstance(validate(dumped), Config)
+
+
+@pytest.mark.parametrize(
+    ("compat", "mode", "ties"),
+    [
+        ("paper", "paper", "half"),
+        ("paper", "official", "ordinal"),
+        ("official", "paper", "ordinal"),
+        ("official", "official", "ordinal"),
+    ],
+)
+def test_ties_follow_compat_and_the_mode_of_the_gate(compat, mode, ties):
+    pairs = [("algorithm.compat", compat), ("algorithm.gate.mode", mode)]
+    assert load_config("tiny", overrides=pairs).algorithm.gate_ties == ties

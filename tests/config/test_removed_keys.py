@@ -54,14 +54,46 @@ def test_a_removed_key_that_is_typed_is_refused_with_the_new_one(value):
 def test_a_file_of_an_earlier_version_holds_as_far_as_it_says_what_holds_anyway(file):
     path = file(former())
     config = load_config(str(path))
-    assert config.health.ratio == 0.01
-    assert load_config("tiny", [path]) == config
+    assert load_config("tiny", [path]) == config == load_config("tiny")
     assert BOUND.split(".")[1] not in to_yaml(config)
-    for value in (0.05, None):
-        path = file(former(**{BOUND: value}))
-        for recipe, files in ((str(path), []), ("tiny", [path])):
-            with pytest.raises(UserError, match=f"{BOUND}: renamed to health.ratio"):
-                load_config(recipe, files)
+
+
+@pytest.mark.parametrize(
+    ("bound", "alarm", "ratio"),
+    [
+        (1e-3, 0.01, 1e-3),
+        (0.05, 0.01, 0.01),
+        (None, 0.01, 0.01),
+        (1e-3, None, 1e-3),
+        (None, None, None),
+    ],
+)
+def test_of_two_bounds_in_a_file_the_stricter_holds(file, bound, alarm, ratio):
+    path = file(former(**{BOUND: bound, "health.ratio": alarm}))
+    assert load_config(str(path)).health.ratio == ratio
+    typed = load_config(str(path), overrides=[("health.ratio", "0.2")])
+    assert typed.health.ratio == 0.2
+
+
+@pytest.mark.parametrize("bound", [0.05, None, "1e-3 or so"])
+def test_the_former_bound_alone_in_a_file_is_refused_with_the_new_name(file, bound):
+    data = former(**{BOUND: bound})
+    del data["health"]["ratio"]
+    for recipe, files in ((str(file(data)), []), ("tiny", [file(data)])):
+        with pytest.raises(UserError, match=f"^{BOUND}: renamed to health.ratio$"):
+            load_config(recipe, files)
+
+
+def test_the_former_default_alone_in_a_file_is_the_default(file):
+    data = former()
+    del data["health"]["ratio"]
+    assert load_config(str(file(data))).health.ratio == 1e-3
+
+
+@pytest.mark.parametrize("ratio", ["much", [1]])
+def test_a_wrong_bound_of_a_file_is_named(file, ratio):
+    with pytest.raises(UserError, match=r"sampling.max_ratio_deviation: renamed to health.ratio"):
+        load_config(str(file(former(**{"health.ratio": ratio}))))
 
 
 COMPAT = ("algorithm.compat", "official")
@@ -83,51 +115,99 @@ MODE = ("algorithm.gate.mode", "official")
 )
 def test_toggles_of_a_file_that_say_what_compat_says_are_dropped(file, overrides, values):
     path = file(former(overrides, **values))
-    expected = load_config("tiny", overrides=[*overrides, ("health.ratio", "0.01")])
-    assert load_config("tiny", [path]) == load_config(str(path), of_run=True) == expected
+    expected = load_config("tiny", overrides=overrides)
+    for same in (load_config("tiny", [path]), load_config(str(path), to_evaluate=True)):
+        assert same == load_config(str(path)) == expected
 
 
-@pytest.mark.parametrize(
-    ("overrides", "values", "refused"),
-    [
-        ([], {"algorithm.kl_when_ungated": "all"}, "kl_when_ungated"),
-        ([], {"algorithm.gate.ties": "ordinal"}, "gate.ties"),
-        ([], {"algorithm.reference.judged_by": "update"}, "reference.judged_by"),
-        ([MODE], {"algorithm.gate.ties": "half"}, "gate.ties"),
-        ([COMPAT], {**OFFICIAL, "algorithm.gate.ties": "half"}, "gate.ties"),
-        ([COMPAT, *NFT], OFFICIAL, "kl_when_ungated"),
-    ],
-)
-def test_toggles_of_a_file_that_deviate_are_refused(file, overrides, values, refused):
-    path = file(former(overrides, **values))
-    for of_run in (False, True):
+ONLY_OFFICIAL, ONLY_PAPER = (f"only algorithm.compat {c} does that" for c in ("official", "paper"))
+NONE = "no algorithm.compat does that with the other settings, got"
+DEVIATIONS = [
+    ([], ("kl_when_ungated", "all"), f"{NONE} 'all'"),
+    ([], ("gate.ties", "ordinal"), ONLY_OFFICIAL),
+    ([], ("reference.judged_by", "update"), ONLY_OFFICIAL),
+    ([MODE], ("gate.ties", "half"), f"{NONE} 'half'"),
+    ([COMPAT, ("algorithm.gate.mode", "paper")], ("gate.ties", "half"), ONLY_PAPER),
+    ([COMPAT], ("reference.judged_by", "epoch"), ONLY_PAPER),
+    ([COMPAT, *NFT], ("kl_when_ungated", "none"), ONLY_PAPER),
+    (NFT, ("kl_when_ungated", "all"), ONLY_OFFICIAL),
+]
+
+
+@pytest.mark.parametrize(("overrides", "toggle", "advice"), DEVIATIONS)
+def test_toggles_that_deviate_are_refused_in_files_and_typed(file, overrides, toggle, advice):
+    key, value = f"algorithm.{toggle[0]}", toggle[1]
+    implied = OFFICIAL if COMPAT in overrides else PAPER
+    if COMPAT in overrides and NFT[0] in overrides:
+        implied = {**OFFICIAL, "algorithm.kl_when_ungated": "all"}
+    path = file(former(overrides, **{**implied, key: value}))
+    for recipe, files, typed in (
+        (str(path), [], []),
+        ("tiny", [path], []),
+        ("tiny", [], [(key, value), *overrides]),
+    ):
         with pytest.raises(UserError) as caught:
-            load_config(str(path), of_run=of_run)
-        assert str(caught.value) == f"algorithm.{refused}: gone; algorithm.compat official sets it"
-
-
-def test_a_wrong_compat_of_a_file_is_what_is_named(file):
-    with pytest.raises(UserError, match=r"algorithm.compat: expected 'paper' or 'official'"):
-        load_config(str(file(former(**{"algorithm.compat": "oficial"}))))
-
-
-def test_compat_on_top_of_a_file_with_toggles_is_refused(file):
-    with pytest.raises(UserError, match=r"algorithm.gate.ties: gone; algorithm.compat official"):
-        load_config(str(file(former())), overrides=[COMPAT])
+            load_config(recipe, files, typed)
+        assert str(caught.value) == f"{key}: gone; {advice}"
 
 
 @pytest.mark.parametrize(
-    ("bound", "alarm", "ratio"),
+    ("overrides", "key", "value", "compat"),
     [
-        (1e-3, 0.01, 0.01),
-        (0.05, 0.01, 0.05),
-        (None, 0.01, None),
-        (1e-3, None, None),
-        (None, None, None),
+        ([], "algorithm.gate.ties", "half", "paper"),
+        ([], "algorithm.gate.ties", "auto", "paper"),
+        ([], "algorithm.kl_when_ungated", "none", "paper"),
+        ([COMPAT], "algorithm.gate.ties", "ordinal", "official"),
+        ([COMPAT], "algorithm.reference.judged_by", "update", "official"),
     ],
 )
-def test_a_run_of_an_earlier_version_goes_on_with_the_laxer_bound(file, bound, alarm, ratio):
-    path = file(former(**{BOUND: bound, "health.ratio": alarm}))
-    assert load_config(str(path), of_run=True).health.ratio == ratio
-    typed = load_config(str(path), overrides=[("health.ratio", "1e-4")], of_run=True)
-    assert typed.health.ratio == 1e-4
+def test_a_typed_toggle_that_says_what_holds_is_to_be_left_out(overrides, key, value, compat):
+    advice = f"{key}: gone; this is what algorithm.compat {compat} does: leave it out"
+    with pytest.raises(UserError) as caught:
+        load_config("tiny", overrides=[(key, value), *overrides])
+    assert str(caught.value) == advice
+
+
+def test_a_removed_key_written_with_its_dots_is_not_unknown(file):
+    with pytest.raises(UserError, match=r"^algorithm.kl_when_ungated: gone; this is what"):
+        load_config(str(file({"algorithm.kl_when_ungated": "none"})))
+    with pytest.raises(UserError, match=f"^{BOUND}: renamed to health.ratio$"):
+        load_config("tiny", [file({BOUND: 1e-3})])
+
+
+def test_a_wrong_compat_is_what_is_named(file):
+    message = r"^algorithm.compat: expected 'paper' or 'official'"
+    with pytest.raises(UserError, match=message):
+        load_config(str(file(former(**{"algorithm.compat": "oficial"}))))
+    typed = [("algorithm.compat", "oficial"), ("algorithm.gate.ties", "half")]
+    with pytest.raises(UserError, match=message):
+        load_config("tiny", overrides=typed)
+
+
+def test_toggles_of_a_file_are_judged_by_the_file_and_what_it_builds_on(file, tmp_path):
+    path = file(former())
+    config = load_config(str(path), overrides=[COMPAT])
+    assert config.algorithm.compat == "official"
+    assert config.algorithm.reset_judged_by == "update"
+    official = tmp_path / "official.yaml"
+    official.write_text("base: tiny\nalgorithm: {compat: official}")
+    derived = tmp_path / "derived.yaml"
+    derived.write_text("base: official.yaml\nalgorithm: {reference: {judged_by: update}}")
+    assert load_config(str(derived)).algorithm == load_config(str(official)).algorithm
+    derived.write_text("base: official.yaml\nalgorithm: {reference: {judged_by: epoch}}")
+    with pytest.raises(UserError, match=f"judged_by: gone; {ONLY_PAPER}"):
+        load_config(str(derived))
+
+
+@pytest.mark.parametrize(("overrides", "toggle", "_"), DEVIATIONS)
+def test_an_evaluation_does_not_depend_on_toggles(file, overrides, toggle, _):
+    path = file(former(overrides, **{f"algorithm.{toggle[0]}": toggle[1]}))
+    expected = load_config("tiny", overrides=overrides)
+    assert load_config(str(path), to_evaluate=True) == expected
+
+
+def test_an_evaluation_does_not_depend_on_how_the_kl_was_reduced(file):
+    path = file(former(**{"algorithm.kl_reduction": "microbatch"}))
+    with pytest.raises(UserError, match=r"^algorithm.kl_reduction: microbatch"):
+        load_config(str(path))
+    assert load_config(str(path), to_evaluate=True) == load_config("tiny")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from gardo.evaluation.cache import decode_png
 from gardo.evaluation.drawing import shared_noise
@@ -205,6 +206,22 @@ def test_an_own_base_says_where_it_is(compared, places, tmp_path):
     text = (run / "config.yaml").read_text().replace("builtin:tiny", "/nowhere/at/all")
     (run / "config.yaml").write_text(text)
     words = ["--runs", run, "--base", copy, "--prompts", places.prompts, "--no_kl"]
+    again = evaluate(tmp_path / "out", *words)
+    assert files(tmp_path / "out", "run", again) == files(out, "first", data)
+
+
+def test_a_run_of_an_earlier_version(compared, places, tmp_path):
+    """No image depends on keys of training that are gone, whatever they say."""
+    out, _, data = compared
+    run = tmp_path / "run"
+    shutil.copytree(places.run, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["algorithm"] |= {"kl_when_ungated": "all", "kl_reduction": "microbatch"}
+    config["algorithm"]["gate"]["ties"] = "ordinal"
+    config["algorithm"]["reference"]["judged_by"] = "update"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["--runs", run, "--prompts", places.prompts, "--no_kl"]
+    words += ["--recipe", run / "config.yaml"]
     again = evaluate(tmp_path / "out", *words)
     assert files(tmp_path / "out", "run", again) == files(out, "first", data)
 

@@ -70,7 +70,11 @@ def test_list_and_print_config():
         (["--rewards.parameters.count.nope", "1"], "rewards.parameters.count"),
         (["--sampling.resolution", "25"], "sampling.resolution: expected a multiple of"),
         (["--sampling.max_ratio_deviation", "1e-3"], "renamed to health.ratio"),
-        (["--algorithm.gate.ties", "half"], "gone; algorithm.compat official sets it"),
+        (
+            ["--algorithm.gate.ties", "half"],
+            "algorithm.gate.ties: gone; this is what algorithm.compat paper does: leave it out",
+        ),
+        (["--algorithm.gate.ties", "ordinal"], "gone; only algorithm.compat official does that"),
         (["--sampling.cuda_graph", "on"], "sampling.cuda_graph"),
         (["--precision", "fp16", "--device", "cpu"], "precision: fp16 needs a GPU"),
         (["--model.lora.targets", "nothing"], "model.lora.targets: no module"),
