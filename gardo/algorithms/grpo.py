@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 import gardo_kernels as gk
+from gardo.algorithms.batches import EpochData, MicroBatch
+from gardo.algorithms.penalty import penalised
 from gardo.algorithms.reference import trained_steps
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.algorithms.stats import Loss
-from gardo.algorithms.update import Algorithm, EpochData, MicroBatch
+from gardo.algorithms.update import Algorithm
 from gardo.config import TRAITS, Config
 from gardo.models.base import Schedule
 from gardo.rng import derive_seed, normal_rows
@@ -61,7 +63,9 @@ class GRPO(Algorithm[TrainingData]):
             train.timestep_selection,
             derive_seed(seed, "steps", epoch),
         )
-        data = TrainingData(rollout, self.penalised(shaped, rollout.plan), None, steps)
+        config, runtime = self.algorithm, self.runtime
+        shaped = penalised(config, train.batch_size, shaped, rollout.plan, runtime)
+        data = TrainingData(rollout, shaped, None, steps)
         if self.algorithm.ratio_norm == "guard":
             sizes = (schedule.sigmas[:-1] - schedule.sigmas[1:]).tolist()
             data.step_sizes = [sizes[step] for step in steps]
