@@ -9,37 +9,34 @@ import torch
 from torch import Tensor
 
 import gardo_kernels as gk
+from gardo.algorithms.batches import EpochData, MicroBatch
+from gardo.algorithms.penalty import penalised
 from gardo.algorithms.reference import trained_steps
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.algorithms.stats import Loss
-from gardo.algorithms.update import Algorithm, EpochData, MicroBatch
+from gardo.algorithms.update import Algorithm
 from gardo.config import TRAITS, Config
 from gardo.models.base import Schedule
 from gardo.rng import derive_seed, normal_rows
 from gardo.sampling.rollout import Rollout, Transition, noise_source
 
 
-@dataclass(frozen=True)
-class RatioNorm:
-    """What GRPO-Guard needs of the trained steps beyond GRPO.
-
-    Attributes:
-        noise: ``[num_trained_steps, n, *latent_shape]`` float32, the noise that sampling added.
-        step_size: ``-dt`` of each trained step.
-    """
-
-    noise: Tensor
-    step_size: Sequence[float]
-
-
 @dataclass
 class TrainingData(EpochData):
-    """One epoch of trajectories; ``steps`` are the trained denoising steps."""
+    """One epoch of trajectories; ``steps`` are the trained denoising steps.
 
-    ratio_norm: RatioNorm | None = field(default=None, kw_only=True)
+    Attributes:
+        noise: ``[num_trained_steps, n, *latent_shape]`` float32, what sampling added; with it the
+            ratio is GRPO-Guard's.
+        step_sizes: ``-dt`` of each trained step; read together with the noise.
+    """
+
+    noise: Tensor | None = field(default=None, kw_only=True)
+    step_sizes: Sequence[float] = field(default=(), kw_only=True)
 
     def at(self, k: int, rows: Tensor) -> Transition:
-        return self.rollout.transition(self.steps[k], rows)
+        noise = None if self.noise is None else self.noise[k, rows]
+        return self.rollout.transition(self.steps[k], rows, noise)
 
 
 class GRPO(Algorithm[TrainingData]):
@@ -66,34 +63,40 @@ class GRPO(Algorithm[TrainingData]):
             train.timestep_selection,
             derive_seed(seed, "steps", epoch),
         )
-        data = TrainingData(rollout, self.penalised(shaped, rollout.plan), None, steps)
+        config, runtime = self.algorithm, self.runtime
+        shaped = penalised(config, train.batch_size, shaped, rollout.plan, runtime)
+        data = TrainingData(rollout, shaped, None, steps)
         if self.algorithm.ratio_norm == "guard":
             sizes = (schedule.sigmas[:-1] - schedule.sigmas[1:]).tolist()
-            noise = sampling_noise(rollout, steps, self.sampler.latent_shape, seed, epoch)
-            data.ratio_norm = RatioNorm(noise, [sizes[step] for step in steps])
+            data.step_sizes = [sizes[step] for step in steps]
+            data.noise = sampling_noise(rollout, steps, self.sampler.latent_shape, seed, epoch)
         return self._with_reference(data)
 
     def loss(self, data: TrainingData, batch: MicroBatch, k: int) -> Loss:
-        t, norm, config = data.at(k, batch.rows), data.ratio_norm, self.algorithm
+        t, config = data.at(k, batch.rows), self.algorithm
         velocity = self.sampler.velocity(t.latents, t.timesteps, batch.conditioning)
-        # with the normalised ratio the policy loss, linear in the advantage, is divided by this
-        size = 1.0 if norm is None else norm.step_size[k]
+        advantage, adv_clip = batch.advantage, config.adv_clip
+        if t.noise is not None:
+            # GRPO-Guard weighs the policy loss by 1 / step size. Unlike the KL, that loss scales
+            # with the clamped advantage, which therefore carries the weight.
+            advantage = advantage / data.step_sizes[k]
+            adv_clip = adv_clip / data.step_sizes[k]
         return gk.grpo_loss(
             velocity.cond,
             t.latents,
             t.next_latents,
             t.old_log_prob,
-            batch.advantage / size,
+            advantage,
             t.coefficients,
             clip_range=config.clip_range,
-            adv_clip=config.adv_clip / size,
+            adv_clip=adv_clip,
             gate=batch.gate,
             ref_velocity=data.ref_velocity(k, batch),
             kl_coef=config.kl_coef * batch.kl_weight,
             velocity_uncond=velocity.uncond,
             guidance_scale=velocity.guidance_scale,
             reduction="sum",
-            noise=None if norm is None else norm.noise[k, batch.rows],
+            noise=t.noise,
         )
 
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import gardo_kernels as gk
+from gardo.algorithms.batches import EpochData, MicroBatch
+from gardo.algorithms.penalty import penalised
 from gardo.algorithms.reference import RowVelocities, velocity_pass
 from gardo.algorithms.shaping import ShapedEpoch
-from gardo.algorithms.update import Algorithm, EpochData, MicroBatch
+from gardo.algorithms.update import Algorithm
 from gardo.config import TRAITS, Config, NFTConfig
 from gardo.models.adapters import BEHAVIOUR, POLICY, REFERENCE
 from gardo.models.base import Schedule
@@ -106,7 +108,8 @@ class NFT(Algorithm[NFTData]):
             behaviour = velocity_pass(
                 self.sampler, rollout, range(len(rollout)), steps, timesteps, self.runtime
             )
-        shaped = self.penalised(shaped, rollout.plan)
+        batch_size = self.train.batch_size
+        shaped = penalised(self.algorithm, batch_size, shaped, rollout.plan, self.runtime)
         data = NFTData(rollout, shaped, None, steps, behaviour, t, timesteps)
         return self._with_reference(data, timesteps)
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gardo.algorithms.batches import MicroBatch
 from gardo.algorithms.dump import write_dump
 from gardo.algorithms.stats import Loss
-from gardo.algorithms.update import Algorithm, Data, MicroBatch
+from gardo.algorithms.update import Algorithm, Data
 from gardo.distributed.process import Runtime
 from gardo.run.health import Health, Outcome
 

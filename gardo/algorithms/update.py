@@ -1,18 +1,18 @@
-"""What the algorithms share: an epoch's data, its micro-batches, and the update that they make."""
+"""What the algorithms share: the update that they make of an epoch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from gardo.algorithms.reference import RowVelocities, reference_pass
+from gardo.algorithms.batches import EpochData, MicroBatch
+from gardo.algorithms.penalty import kl_weight
+from gardo.algorithms.reference import reference_pass
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.algorithms.stats import Loss, UpdateStats
 from gardo.checkpointing.state_tensors import whole
@@ -21,41 +21,8 @@ from gardo.distributed.process import Runtime
 from gardo.models.adapters import POLICY, REFERENCE, Adapters, FullCopies
 from gardo.models.base import Schedule
 from gardo.run.health import Outcome
-from gardo.sampling.plan import EpochPlan, padded_rows
 from gardo.sampling.rollout import Rollout, Sampler
 from gardo.sampling.steps import StepTable, sde_window, step_table
-from gardo.sampling.trajectory import Conditioning
-
-
-@dataclass
-class EpochData(ABC):
-    """One epoch's samples, ready for its updates.
-
-    Attributes:
-        reference: velocities of the penalised rows; None switches the KL off.
-        steps: the entries of the rollout's latents that are trained.
-        reference_rows: transformer rows that the reference took.
-    """
-
-    rollout: Rollout
-    shaped: ShapedEpoch
-    reference: RowVelocities | None
-    steps: Sequence[int]
-    reference_rows: int = field(default=0, kw_only=True)
-
-    @abstractmethod
-    def at(self, k: int, rows: Tensor) -> Any:
-        """What is trained on at the ``k``-th trained step: a dataclass of ``[B, ...]`` tensors.
-
-        The model is given its ``latents`` and ``timesteps``.
-        """
-
-    def ref_velocity(self, k: int, batch: MicroBatch) -> Tensor | None:
-        """Of the reference; what other than gated rows hold must not be used. None without any."""
-        if self.reference is None or not batch.gated:
-            return None
-        return self.reference.rows(k, batch.rows)
-
 
 Data = TypeVar("Data", bound=EpochData)
 
@@ -174,8 +141,8 @@ class Algorithm(ABC, Generic[Data]):
         parts = plan.batches(index, size)
         for rows in parts:
             self.runtime.stop_point()
-            kl_weight = self.kl_weight(data, index, rows)
-            batch = MicroBatch.take(data, self.sampler, rows, size, kl_weight)
+            weight = kl_weight(self.algorithm, data, index, rows)
+            batch = MicroBatch.take(data, self.sampler, rows, size, weight)
             for k in range(len(data.steps)):
                 yield batch, k, rows is parts[-1] and k + 1 == len(data.steps)
 
@@ -183,20 +150,9 @@ class Algorithm(ABC, Generic[Data]):
         """Of a sample's loss at a step, so that the update's is a mean over both.
 
         Gradients are averaged over processes. They depend neither on the number of processes nor
-        on the batch size, unless ``kl_reduction`` is ``microbatch``.
+        on the batch size, unless `kl_weight` does.
         """
         return self.runtime.world_size / (data.rollout.plan.update_sizes[index] * len(data.steps))
-
-    def kl_weight(self, data: Data, index: int, rows: slice) -> float:
-        """Of a penalised sample's KL in a micro-batch, where its policy loss has weight 1."""
-        gated = _count(data.shaped.gated_rows, rows)
-        if data.reference is None or not gated:
-            return 0.0
-        if self.algorithm.kl_reduction == "gated":
-            return data.rollout.plan.update_sizes[index] / data.shaped.gated_per_update[index]
-        if self.algorithm.kl_reduction == "microbatch":
-            return (rows.stop - rows.start) / gated
-        return 1.0
 
     def _with_reference(self, data: Data, timesteps: Tensor | None = None) -> Data:
         """Run the reference on the penalised rows; ``timesteps`` as in `reference_pass`."""
@@ -241,77 +197,3 @@ class Algorithm(ABC, Generic[Data]):
         if last or (self.runtime.sharded and isinstance(self.adapters, FullCopies)):
             return nullcontext()
         return self.runtime.accelerator.no_sync(self.sampler.model.module)
-
-    def penalised(self, shaped: ShapedEpoch, plan: EpochPlan) -> ShapedEpoch:
-        """The samples that carry the KL: the gated ones, or more with ``kl_when_ungated`` all.
-
-        Then an update without a gated sample, or with ``kl_reduction: microbatch`` a micro-batch
-        without one, penalises all of its samples, as published code does for DiffusionNFT.
-        """
-        if self.algorithm.kl_when_ungated == "none" or shaped.mode not in ("paper", "official"):
-            return shaped
-        rows, per_update = list(shaped.gated_rows), list(shaped.gated_per_update)
-        for index, update in enumerate(plan.updates):
-            if self.algorithm.kl_reduction == "microbatch":
-                parts = plan.batches(index, plan.batch_size(self.train.batch_size))
-            else:
-                parts = [update] if per_update[index] == 0 else []
-            added = [i for p in parts if _count(shaped.gated_rows, p) == 0 for i in _rows(p)]
-            rows += added
-            # how many the other processes add is theirs to know
-            more = torch.tensor(float(len(added)), device=shaped.gate.device)
-            per_update[index] += int(self.runtime.sum(more))
-        gate = torch.zeros_like(shaped.gate)
-        gate[torch.tensor(rows, dtype=torch.int64, device=gate.device)] = True
-        return replace(
-            shaped, gate=gate, gated_rows=tuple(sorted(rows)), gated_per_update=tuple(per_update)
-        )
-
-
-def _rows(rows: slice) -> range:
-    return range(rows.start, rows.stop)
-
-
-def _count(sorted_rows: Sequence[int], rows: slice) -> int:
-    """How many of the sorted rows stand in a slice."""
-    return bisect_left(sorted_rows, rows.stop) - bisect_left(sorted_rows, rows.start)
-
-
-@dataclass
-class MicroBatch:
-    """A full batch of rows; padding repeats the last sample without advantage and gate.
-
-    Attributes:
-        size: rows without the padding.
-        gated: how many of them carry the KL penalty.
-        kl_weight: see `Algorithm.kl_weight`.
-    """
-
-    rows: Tensor
-    size: int
-    gated: int
-    conditioning: Conditioning
-    advantage: Tensor
-    gate: Tensor
-    kl_weight: float
-
-    @classmethod
-    def take(
-        cls,
-        data: EpochData,
-        sampler: Sampler,
-        rows: slice,
-        batch_size: int,
-        kl_weight: float = 0.0,
-    ) -> MicroBatch:
-        """Fill a batch with consecutive rows of an update; prompts are looked up once."""
-        shaped, rollout = data.shaped, data.rollout
-        index = padded_rows(rows, batch_size, torch.device("cpu"))
-        conditioning = sampler.condition([rollout.prompts[i] for i in index.tolist()])
-        device = rollout.log_prob.device
-        index = index.to(device)
-        size, gated = rows.stop - rows.start, _count(shaped.gated_rows, rows)
-        real = torch.arange(batch_size, device=device) < size
-        advantage = torch.where(real, shaped.advantage[index], 0.0)
-        gate = shaped.gate[index] & real
-        return cls(index, size, gated, conditioning, advantage, gate, kl_weight)

@@ -33,6 +33,7 @@ class Transition:
         timesteps: ``[B]`` float32, what the model is told.
         coefficients: of the step, 0-d fields.
         old_log_prob: ``[B]`` float32, by the policy that sampled.
+        noise: ``[B, *latent_shape]`` float32, what sampling added; None where no loss reads it.
     """
 
     latents: Tensor
@@ -40,6 +41,7 @@ class Transition:
     timesteps: Tensor
     coefficients: gk.SDECoefficients
     old_log_prob: Tensor
+    noise: Tensor | None = None
 
     def log_prob(self, velocity: Velocity) -> Tensor:
         """By a policy that predicts this velocity, ``[B]`` float32, differentiable in it."""
@@ -81,14 +83,15 @@ class Rollout:
         where = [i.to(home) if isinstance(i, Tensor) else i for i in (step, rows)]
         return self.latents[where[0], where[1]].to(self.log_prob.device, non_blocking=True)
 
-    def transition(self, step: int, rows: Tensor) -> Transition:
-        """One denoising step of some rows."""
+    def transition(self, step: int, rows: Tensor, noise: Tensor | None = None) -> Transition:
+        """One denoising step of some rows, with the noise that it added if known."""
         return Transition(
             self.latents_at(step, rows),
             self.latents_at(step + 1, rows),
             self.table.timesteps[step].expand(len(rows)),
             self.table.coefficients[step],
             self.log_prob[step, rows],
+            noise,
         )
 
 

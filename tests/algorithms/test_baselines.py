@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gardo_kernels as gk
-from gardo.algorithms.grpo import GRPO, RatioNorm, TrainingData, sampling_noise
+from gardo.algorithms.grpo import GRPO, TrainingData, sampling_noise
 from gardo.algorithms.reference import reference_pass
 from gardo.algorithms.shaping import Shaper
 from gardo.algorithms.stats import UpdateStats
@@ -253,7 +253,7 @@ def test_gradient_of_the_normalised_ratio_is_that_of_the_reweighted_policy_gradi
     sizes = (-model.schedule(5, 24).sigmas.diff())[STEPS].tolist()
     noise = sampling_noise(rollout, STEPS, sampler.latent_shape, 3, 1)
     reference = reference_pass(sampler, adapters, rollout, [1, 2], STEPS)
-    data = TrainingData(rollout, shaped, reference, STEPS, ratio_norm=RatioNorm(noise, sizes))
+    data = TrainingData(rollout, shaped, reference, STEPS, noise=noise, step_sizes=sizes)
     stats = UpdateStats()
     grpo.accumulate_gradients(data, 0, stats)
     found = {n: p.grad.clone() for n, p in adapters.parameters().items()}

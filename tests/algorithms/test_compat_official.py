@@ -14,6 +14,7 @@ import torch
 import gardo_kernels as gk
 from gardo.algorithms.adaptive_reference import AdaptiveReference
 from gardo.algorithms.grpo import GRPO, TrainingData
+from gardo.algorithms.penalty import penalised
 from gardo.algorithms.reference import reference_pass
 from gardo.algorithms.shaping import ShapedEpoch, Shaper
 from gardo.algorithms.stats import UpdateStats
@@ -213,26 +214,14 @@ def test_averages_of_the_kl(
     ],
 )
 def test_who_is_penalised_where_none_is_gated(
-    config,
-    runtime,
-    adapters,
-    make_sampler,
-    monkeypatch,
-    mode,
-    when,
-    kl_reduction,
-    expected,
-    per_update,
+    config, runtime, monkeypatch, mode, when, kl_reduction, expected, per_update
 ):
     monkeypatch.setattr(AlgorithmConfig, "kl_when_ungated", when)
     config.algorithm.kl_reduction = kl_reduction
-    train = config.train.model_copy(update={"batch_size": 2})
-    optimizer = torch.optim.SGD(adapters.parameters().values(), lr=0.0)
-    grpo = GRPO(config.algorithm, train, make_sampler(1.0), adapters, optimizer, runtime)
     gate = torch.zeros(8, dtype=torch.bool)
     gate[5] = True
     shaped = ShapedEpoch(torch.zeros(8), gate, (5,), (0, 1), {}, mode=mode)
-    found = grpo.penalised(shaped, plan_epoch(2, 4, 2))
+    found = penalised(config.algorithm, 2, shaped, plan_epoch(2, 4, 2), runtime)
     assert found.gated_rows == expected
     assert found.gated_per_update == per_update
     assert found.gate.nonzero().flatten().tolist() == list(expected)

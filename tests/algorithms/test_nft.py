@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from gardo.algorithms.batches import MicroBatch
 from gardo.algorithms.nft import (
     NFT,
     NFTData,
@@ -19,7 +20,6 @@ from gardo.algorithms.nft import (
 )
 from gardo.algorithms.reference import RowVelocities
 from gardo.algorithms.stats import UpdateStats
-from gardo.algorithms.update import MicroBatch
 from gardo.config import NFTConfig, load_config
 from gardo.distributed.process import Runtime
 from gardo.families import FAMILIES
@@ -278,9 +278,9 @@ def test_loss_is_the_formula(config, runtime, adapters, make_sampler, rollout, m
 def test_padding_has_no_part(config, runtime, adapters, make_sampler, rollout, model):
     nft = nft_of(config, adapters, make_sampler(1.0), runtime, 0.2)
     data = nft.prepare(rollout, shaped_epoch([]), model.schedule(5, 24), 0, 0)
-    batch = MicroBatch.take(data, nft.sampler, slice(3, 4), 4)
+    batch = MicroBatch.take(data, nft.sampler, slice(3, 4), 4, 0.0)
     assert (batch.size, len(batch.rows)) == (1, 4)
-    alone = MicroBatch.take(data, nft.sampler, slice(3, 4), 1)
+    alone = MicroBatch.take(data, nft.sampler, slice(3, 4), 1, 0.0)
     padded, single = (float(nft.loss(data, b, 0).loss.detach()) for b in (batch, alone))
     assert padded == pytest.approx(single, rel=1e-5)
 

@@ -29,6 +29,7 @@ RUN = {
     "train__batch_size": 2,
 }
 NFT = {"algorithm__name": "nft", "sampling__same_latent": "false"}
+GUARD = {"algorithm__ratio_norm": "guard"}
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +92,16 @@ def test_an_epoch_without_an_update_has_no_figures_and_no_reset(runner, tmp_path
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize("changes", [{}, NFT], ids=["grpo", "nft"])
-def test_too_many_in_a_row_end_the_run_with_a_dump(runner, tmp_path, what, changes):
+@pytest.mark.parametrize(
+    ("changes", "own"),
+    [
+        ({}, {"next_latents", "ratio"}),
+        (GUARD, {"next_latents", "ratio", "noise"}),
+        (NFT, {"clean_latents", "behaviour_velocity", "t"}),
+    ],
+    ids=["grpo", "guard", "nft"],
+)
+def test_too_many_in_a_row_end_the_run_with_a_dump(runner, tmp_path, what, changes, own):
     run = tmp_path / "run"
     broken = [(1, 0), (1, 1), (2, 0)]
     assert runner.run(arguments(run, **RUN, **changes), fault(*broken, what=what)) == 2
@@ -123,9 +132,9 @@ def test_too_many_in_a_row_end_the_run_with_a_dump(runner, tmp_path, what, chang
     assert len(shape) == 4
     assert dump["velocity"].shape == shape
     assert dump["advantage"].shape == dump["gate"].shape == dump["timesteps"].shape == (2,)
-    own = {"clean_latents", "behaviour_velocity", "t"} if changes else {"next_latents", "ratio"}
     assert own <= dump.keys()
-    if not changes:  # the weights are those that sampled
+    assert ("noise" in dump) == (changes is GUARD)
+    if "log_prob" in dump:  # the weights are those that sampled
         torch.testing.assert_close(dump["log_prob"], dump["old_log_prob"], rtol=0, atol=1e-5)
 
     # the fault gone, the run goes on from its checkpoint
