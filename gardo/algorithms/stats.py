@@ -38,13 +38,12 @@ class UpdateStats:
         size: int,
         gated: int,
         kl_weight: float,
-        clip_range: float | tuple[float, float] = 0.0,
+        clip_range: float | tuple[float, float],
     ) -> None:
         """Add the sums over a micro-batch, of which ``size`` rows are no padding."""
         clipped = distance = torch.zeros_like(out.kl)
-        ratio = getattr(out, "ratio", None)
-        if ratio is not None:
-            ratio = ratio[:size]
+        if isinstance(out, gk.GRPOLoss):
+            ratio = out.ratio[:size]
             deviation = (ratio - 1).abs()
             clipped, distance = _outside(ratio, clip_range).sum(), deviation.sum()
             if not self.grad_norm:  # the policy is still the one that sampled

@@ -249,7 +249,7 @@ def test_which_kl_judges(runtime, judged_by, judged):
         for kl in kls:
             # of two samples one is gated
             out = gk.NFTLoss(one, one, one * kl)
-            stats.add(out, size=1, gated=int(kl > 0), kl_weight=2.0)
+            stats.add(out, size=1, gated=int(kl > 0), kl_weight=2.0, clip_range=0.0)
         stats.finish_update(one)
     assert stats.metrics(runtime)[1] == pytest.approx(judged)
 
@@ -257,7 +257,7 @@ def test_which_kl_judges(runtime, judged_by, judged):
 def test_no_gated_sample_judges_nothing(runtime):
     stats = UpdateStats("update")
     out = gk.NFTLoss(torch.ones(()), torch.ones(()), torch.zeros(()))
-    stats.add(out, size=1, gated=0, kl_weight=0.0)
+    stats.add(out, size=1, gated=0, kl_weight=0.0, clip_range=0.0)
     stats.finish_update(torch.ones(()))
     assert stats.metrics(runtime)[1] is None
 
