@@ -62,7 +62,6 @@ class Fork:
 def server() -> str:
     """The address of this process's server, which is started if there is none yet."""
     if not _started:
-        import shutil
         import subprocess
         import tempfile
         from pathlib import Path
@@ -85,13 +84,7 @@ def server() -> str:
         process.stdin.flush()
         if process.stdout.readline() != "ready\n":
             raise RuntimeError("the server of tests/support/warm.py did not start")
-
-        def stop() -> None:
-            process.stdin.close()
-            process.wait(timeout=60)
-            shutil.rmtree(folder)
-
-        atexit.register(stop)
+        # it ends when this process does, which closes its standard input
         _started.update(address=address, python=str(executable), process=process)
     return _started["address"]
 
@@ -111,7 +104,8 @@ def _client(address, argv) -> None:
         signal.signal(number, lambda number, _: os.kill(fork.pid, number))
     code = fork.wait()
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL) if code != -signal.SIGKILL else None
+        if code != -signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 
@@ -121,6 +115,7 @@ def _serve(address):
     import gc
     import importlib
     import select
+    import shutil
 
     import torch
 
@@ -147,6 +142,7 @@ def _serve(address):
         if 0 in ready:  # the tests have ended
             for pid in running.values():
                 os.kill(pid, signal.SIGKILL)
+            shutil.rmtree(os.path.dirname(address))
             os._exit(0)
         if woken in ready:
             os.read(woken, 4096)
@@ -164,8 +160,13 @@ def _serve(address):
         if listener not in ready:
             continue
         connection, _ = listener.accept()
-        size, files, _, _ = socket.recv_fds(connection, 8, 3)
-        request = json.loads(connection.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))
+        head, files, _, _ = socket.recv_fds(connection, 8, 3)
+        size = int.from_bytes(head, "big")
+        data = connection.recv(size, socket.MSG_WAITALL)
+        if len(files) < 3 or len(data) < size:  # its client was killed
+            connection.close()
+            continue
+        request = json.loads(data)
         pid = os.fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
