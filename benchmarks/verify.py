@@ -65,8 +65,8 @@ class _Float32Embeddings:
         self.embeddings = embeddings
 
     def __call__(self, prompts: list[str]) -> PromptEmbeds:
-        embeds: PromptEmbeds = self.embeddings(prompts).to(torch.float32)
-        return embeds
+        embeds = self.embeddings(prompts)
+        return PromptEmbeds({name: tensor.float() for name, tensor in embeds.tensors.items()})
 
 
 @contextmanager
