@@ -103,7 +103,7 @@ class RewardClientConfig(Section):
     retries: NonNegative = free_key(6, "further rounds over all servers before the run stops")
     backoff: PositiveFloat = free_key(1.0, "seconds before the first retry; doubles, at most 30")
     startup_timeout: PositiveFloat = free_key(300.0, "seconds to wait for a server that is loading")
-    encoding: Literal["safetensors", "png"] = free_key(
+    encoding: Literal["safetensors", "png"] = rounding_key(
         "safetensors", "images as they are, or as PNG: smaller, rounded to 8 bits"
     )
     token_env: str = free_key("GARDO_REWARD_TOKEN", "environment variable with the bearer token")

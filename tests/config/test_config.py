@@ -44,7 +44,7 @@ NOTHING = """
 recipe output_dir overwrite epochs trackers model.embedding_cache
 rewards.max_missing_share rewards.servers rewards.client.timeout rewards.client.connect_timeout
 rewards.client.retries rewards.client.backoff rewards.client.startup_timeout
-rewards.client.encoding rewards.client.token_env rewards.client.token_file
+rewards.client.token_env rewards.client.token_file
 evaluation.every evaluation.at_start evaluation.grid_images
 checkpoint.every checkpoint.keep_last checkpoint.keep_best checkpoint.best checkpoint.snapshot
 health.max_skipped_in_a_row health.stop_on health.patience health.ratio health.ratio_mean
@@ -54,7 +54,7 @@ health.missing health.diversity health.image_variance
 ROUNDING = """
 device threads model.gradient_checkpointing model.attention_backend model.compile model.vae_dtype
 model.vae_tiling model.vae_slicing sampling.batch_size sampling.cuda_graph
-sampling.offload_trajectories train.batch_size train.fused_optimizer
+sampling.offload_trajectories rewards.client.encoding train.batch_size train.fused_optimizer
 """.split()
 
 
