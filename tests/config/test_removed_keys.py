@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from gardo.config import load_config, to_yaml
+from gardo.config.compat import compat_value
 from gardo.types import UserError
 
 BOUND = "sampling.max_ratio_deviation"
@@ -211,3 +212,8 @@ def test_an_evaluation_does_not_depend_on_how_the_kl_was_reduced(file):
     with pytest.raises(UserError, match=r"^algorithm.kl_reduction: microbatch"):
         load_config(str(path))
     assert load_config(str(path), to_evaluate=True) == load_config("tiny")
+
+
+def test_an_algorithm_without_published_code_has_the_papers_values():
+    assert compat_value("kl_when_ungated", "official", "nft") == "all"
+    assert compat_value("kl_when_ungated", "official", "an algorithm of one's own") == "none"
