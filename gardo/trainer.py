@@ -201,9 +201,7 @@ class Trainer:
             update_metrics, kl = stats.metrics(self.runtime)
             update_metrics |= self.algorithm.finish_epoch((epoch + 1) * updates)
             # without a KL term nothing looks at the reference
-            reset = config.algorithm.kl_coef > 0 and self.adaptive_reference.update(
-                kl, shaped.scores
-            )
+            reset = config.algorithm.has_kl and self.adaptive_reference.update(kl, shaped.scores)
             if reset:
                 self.adapters.copy(POLICY, REFERENCE)
         rows_per_sample = 2 if self.sampler.guided else 1

@@ -64,7 +64,7 @@ class Run:
         for rows in order.chunk(self.settings.updates):
             kl_sum += self._update(rollout, shaped, rows)
         gated = int(shaped.gate.sum())
-        reset = self.algorithm.kl_coef > 0 and self.adaptive_reference.update(
+        reset = self.algorithm.has_kl and self.adaptive_reference.update(
             kl_sum / gated if gated else None,
             torch.cat([proxy[None], aux]),
         )
@@ -96,7 +96,7 @@ class Run:
         distance = None
         if config.diversity:
             distance = gk.nearest_neighbor_distance(rewards.features(points), self.group_ids)
-        gate = config.gate.mode if config.kl_coef > 0 else "off"
+        gate = config.gate.mode if config.has_kl else "off"
 
         def shape(fraction: float) -> gk.ShapedRewards:
             return gk.shape_rewards(

@@ -48,7 +48,7 @@ class Shaper:
         self.config = config
         self.rewards = rewards
         # without a KL term there is nothing to gate
-        self.gate_mode = config.gate.mode if config.kl_coef > 0 else "off"
+        self.gate_mode = config.gate.mode if config.has_kl else "off"
         fraction, gates = config.gate.fraction, self.gate_mode in ("paper", "official")
         self.fraction = (
             gk.AdaptiveFraction(fraction)

@@ -29,17 +29,19 @@ def contradictions(c: Config) -> Iterator[str]:
                 f"{window} steps, got [{low}, {high}]"
             )
     gate = c.algorithm.gate
-    if c.algorithm.kl_coef > 0 and gate.mode in ("paper", "official") and not c.rewards.aux:
-        yield (
-            f"algorithm.gate.mode: '{gate.mode}' needs at least one auxiliary reward "
-            "(rewards.aux); without one use gate.mode all or off"
-        )
+    yield from _of_judges(c)
     if c.algorithm.reference.guard and not c.rewards.aux:
         yield "algorithm.reference.guard: needs at least one auxiliary reward (rewards.aux)"
-    if gate.adaptive and gate.mode in ("paper", "official") and not 0.02 <= gate.fraction <= 0.2:
+    bounded = gate.adaptive and gate.adaptation == "official"
+    if bounded and gate.mode in ("paper", "official") and not 0.02 <= gate.fraction <= 0.2:
         yield (
             "algorithm.gate.fraction: an adaptive fraction moves in [0.02, 0.2]; expected a start "
             f"within it (or algorithm.gate.adaptive false), got {gate.fraction}"
+        )
+    if c.algorithm.reward_scale != "none" and c.algorithm.advantage_norm != "none":
+        yield (
+            f"algorithm.reward_scale: {c.algorithm.reward_scale} divides rewards that nothing else "
+            f"has divided; expected algorithm.advantage_norm none, got {c.algorithm.advantage_norm}"
         )
     if c.algorithm.diversity and c.rewards.features is None:
         yield "algorithm.diversity: needs rewards.features (what distances are measured in)"
@@ -87,7 +89,7 @@ def contradictions(c: Config) -> Iterator[str]:
             yield "health.stop_on: 'diversity' needs rewards.features, which distances are of"
         if alarm in ("ratio", "ratio_mean", "clip_fraction") and not traits.ratios:
             yield f"health.stop_on: {name} has no ratio; expected alarms of {name}, got '{alarm}'"
-        if alarm == "kl" and c.algorithm.kl_coef == 0:
+        if alarm == "kl" and not c.algorithm.has_kl:
             yield "health.stop_on: 'kl' is not measured without algorithm.kl_coef"
     best, every = c.checkpoint.keep_best, c.checkpoint.every
     if best is not None and best.startswith("evaluation/"):
@@ -96,4 +98,40 @@ def contradictions(c: Config) -> Iterator[str]:
                 f"checkpoint.keep_best: '{best}' needs checkpoints where evaluations are; expected "
                 f"evaluation.every to be a multiple of checkpoint.every, got "
                 f"{c.evaluation.every} and {every}"
+            )
+
+
+def _of_judges(c: Config) -> Iterator[str]:
+    """Of those who judge the proxy: auxiliary rewards, and the uncertainty that it reports."""
+    algorithm, gate = c.algorithm, c.algorithm.gate
+    if algorithm.has_kl and gate.mode == "official":
+        for name, value, needed in (
+            ("anchor", gate.anchor, "batch"),
+            ("uncertainty", gate.uncertainty, "ensemble"),
+        ):
+            if value != needed:
+                yield (
+                    f"algorithm.gate.{name}: expected {needed} with algorithm.gate.mode official, "
+                    f"got {value}"
+                )
+    if gate.anchor == "base" and gate.scope == "group":
+        yield (
+            "algorithm.gate.anchor: the base's samples are those of all prompts; expected "
+            "algorithm.gate.scope batch, got group"
+        )
+    if c.rewards.aux or gate.uncertainty == "sigma":
+        return
+    for needs, key, instead in (
+        (
+            algorithm.has_kl and gate.mode in ("paper", "official"),
+            f"gate.mode: '{gate.mode}'",
+            "; without one use gate.mode all or off",
+        ),
+        (algorithm.cap.mode == "on", "cap: on", ""),
+        (algorithm.diversity == "supported", "diversity: supported", ""),
+    ):
+        if needs:
+            yield (
+                f"algorithm.{key} needs at least one auxiliary reward (rewards.aux){instead}, or a "
+                "proxy that reports its uncertainty (algorithm.gate.uncertainty sigma)"
             )

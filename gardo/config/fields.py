@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Percentile = Annotated[float, Field(ge=0.0, le=100.0)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -37,6 +38,31 @@ def _clip_range(value: Any) -> Any:
     if len(numbers) != len(parts) or (parts is value and len(parts) != 2):
         raise ValueError("expected a positive number or a pair [low, high] of them")
     return tuple(float(n) for n in numbers) if parts is value else float(numbers[0])
+
+
+def _kl_coef(value: Any) -> Any:
+    share = value.get("target_share") if isinstance(value, Mapping) else value
+    number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not number or not math.isfinite(share) or share < 0:
+        raise ValueError("expected a number from 0 on, or {target_share: NUMBER above 0}")
+    if not isinstance(value, Mapping):
+        return float(share)
+    if set(value) != {"target_share"} or share == 0:
+        raise ValueError("expected {target_share: NUMBER above 0} and nothing else")
+    return {"target_share": float(share)}
+
+
+def _diversity(value: Any) -> Any:
+    if value == "all":
+        return True
+    if not isinstance(value, bool) and value != "supported":
+        raise ValueError("expected true, false, all (which is true) or supported")
+    return value
+
+
+def _switch(value: Any) -> Any:
+    """Accept what another YAML reader makes of on and off."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
 
 
 def _proxy(value: Any) -> Any:
@@ -79,11 +105,17 @@ Names = Annotated[list[str], BeforeValidator(as_names)]
 Servers = Annotated[list[str], BeforeValidator(_servers), Field(min_length=1)]
 Proxy = Annotated[str | dict[str, float], BeforeValidator(_proxy)]
 Trackers = Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(as_names)]
+KLCoef = Annotated[float | dict[str, float], BeforeValidator(_kl_coef)]
+Diversity = Annotated[bool | Literal["supported"], BeforeValidator(_diversity)]
+Switch = Annotated[Literal["off", "on"], BeforeValidator(_switch)]
 ClipRange = Annotated[float | tuple[float, float], BeforeValidator(_clip_range)]
 
 
 class Section(BaseModel):
     """An area of the configuration."""
+
+    #: the key that a value in place of the section's keys is given to
+    switch: ClassVar[str | None] = None
 
     # strict: "12" is no number and 1 is no bool; YAML has already told the types apart
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())

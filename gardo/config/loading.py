@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gardo.config.consistency import contradictions
-from gardo.config.removed import refuse_removed, settle_removed
+from gardo.config.removed import compat_of_earlier, refuse_removed, settle_removed
 from gardo.config.schema import Config
 from gardo.types import UserError
 
@@ -49,7 +49,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict):
         raise UserError(f"config file '{path}': expected a mapping of keys, got {_kind(data)}")
-    return data
+    compat_of_earlier(data)
+    return _with_switches(data)
 
 
 class _Loader(yaml.SafeLoader):
@@ -111,7 +112,7 @@ def load_config(
         value: Any = text if _takes_text(dotted) else parse_value(text)
         for part in reversed(parts):
             value = {part: value}
-        _merge(data, value)
+        _merge(data, _with_switches(value))
     for dotted, text in overrides:
         refuse_removed(dotted, parse_value(text), data)
     config = validate(data)
@@ -188,7 +189,7 @@ def read_recipe(
 
 def validate(data: Mapping[str, Any]) -> Config:
     """Check a nested mapping against the schema; UserError names the key, need and value."""
-    settled = deepcopy(dict(data))
+    settled = _with_switches(deepcopy(dict(data)))
     settle_removed(settled)
     _check_keys(settled)
     try:
@@ -230,6 +231,18 @@ def type_name(annotation: Any) -> str:
 
 def _is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _with_switches(data: dict[str, Any], model: type[BaseModel] = Config) -> dict[str, Any]:
+    """Give a value that stands for a whole section to the key that it sets, in place."""
+    for name, value in data.items():
+        field = model.model_fields.get(str(name))
+        section = field and _is_section(field.annotation) and field.annotation
+        if section and isinstance(value, dict):
+            _with_switches(value, section)
+        elif section and section.switch and not isinstance(value, Mapping):
+            data[name] = {section.switch: value}
+    return data
 
 
 def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> None:

@@ -9,16 +9,27 @@ from gardo.config.traits import TRAITS
 from gardo.types import UserError
 
 _BOUND, _RATIO = "sampling.max_ratio_deviation", "health.ratio"
-_TOGGLES = tuple(f"algorithm.{toggle}" for toggle in TOGGLES)
+
+
+def compat_of_earlier(data: dict[str, Any]) -> None:
+    """Name in a run's file of an earlier version, in place, the ``compat`` that it meant.
+
+    What was called ``paper`` then is ``gardo`` now. Such a file is complete; one that a user wrote
+    is not, and means what it says.
+    """
+    algorithm = _section(data, "algorithm")
+    complete = {"recipe", "overwrite", "algorithm"} <= data.keys()
+    if complete and "diversity_scale" not in algorithm and algorithm.get("compat") == "paper":
+        algorithm["compat"] = "gardo"
 
 
 def refuse_removed(dotted: str, given: Any, data: dict[str, Any]) -> None:
     """Refuse a key that is gone; UserError says what to do instead, with the other keys' values."""
     if dotted == _BOUND:
         raise UserError(f"{dotted}: renamed to {_RATIO}")
-    if dotted not in _TOGGLES or not _known(data):
+    if dotted not in TOGGLES or not _known(data):
         return  # an unknown algorithm.compat or name is refused later, by its own name
-    compat = _section(data, "algorithm").get("compat", "paper")
+    compat = _section(data, "algorithm").get("compat", "gardo")
     giving = _giving(dotted, given, data)
     if compat in giving:
         advice = f"this is what algorithm.compat {compat} does: leave it out"
@@ -40,7 +51,7 @@ def settle_removed(data: dict[str, Any], to_evaluate: bool = False) -> None:
     Raises:
         UserError: such a key has another value than what holds without it.
     """
-    for dotted in (_BOUND, *_TOGGLES):
+    for dotted in (_BOUND, *TOGGLES):
         if dotted in data:  # written with its dots
             refuse_removed(dotted, data[dotted], data)
         section, _, name = dotted.rpartition(".")
@@ -51,7 +62,7 @@ def settle_removed(data: dict[str, Any], to_evaluate: bool = False) -> None:
         if dotted == _BOUND:
             kept = _keep_bound(given, _section(data, "health"))
         else:
-            compat = _section(data, "algorithm").get("compat", "paper")
+            compat = _section(data, "algorithm").get("compat", "gardo")
             kept = not _known(data) or compat in _giving(dotted, given, data)
         if not kept and not to_evaluate:
             refuse_removed(dotted, given, data)
@@ -78,7 +89,7 @@ def _keep_bound(bound: Any, health: dict[str, Any]) -> bool:
 def _known(data: dict[str, Any]) -> bool:
     """Whether the compat and the name of the algorithm are known ones."""
     algorithm = _section(data, "algorithm")
-    compat, name = algorithm.get("compat", "paper"), algorithm.get("name", "grpo")
+    compat, name = algorithm.get("compat", "gardo"), algorithm.get("name", "grpo")
     return compat in list(COMPAT) and name in list(TRAITS)
 
 
@@ -87,8 +98,8 @@ def _giving(dotted: str, given: Any, data: dict[str, Any]) -> list[str]:
     name = _section(data, "algorithm").get("name", "grpo")
     found: list[str] = []
     for compat, defaults in COMPAT.items():
-        mode = _section(data, "algorithm.gate").get("mode", defaults.get("gate.mode"))
-        implied = compat_value(dotted.removeprefix("algorithm."), compat, name)
+        mode = _section(data, "algorithm.gate").get("mode", defaults["algorithm.gate.mode"])
+        implied = compat_value(dotted, compat, name)
         if resolved_ties(given, mode) == resolved_ties(implied, mode):
             found.append(compat)
     return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from gardo.config.algorithm import AlgorithmConfig
+from gardo.config.compat import with_compat_defaults
 from gardo.config.fields import (
     Fraction,
     Names,
@@ -268,3 +270,15 @@ class Config(Section):
     evaluation: EvaluationConfig = section(EvaluationConfig, "held-out evaluation and pictures")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "what a run is resumed from")
     health: HealthConfig = section(HealthConfig, "when a run warns that it goes wrong, or stops")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_compat(cls, data: Any) -> Any:
+        """Those outside ``algorithm``."""
+        if not isinstance(data, Mapping):
+            return data
+        algorithm, sampling = data.get("algorithm", {}), data.get("sampling", {})
+        if not isinstance(algorithm, Mapping) or not isinstance(sampling, Mapping):
+            return data
+        compat, name = algorithm.get("compat", "gardo"), algorithm.get("name", "grpo")
+        return {**data, "sampling": with_compat_defaults(sampling, "sampling", compat, name)}

@@ -108,7 +108,7 @@ def _batches(plan: EpochPlan, largest: int) -> tuple[int, int]:
 def expected_gated_share(config: Config) -> float:
     """Share of the samples that the reference is expected to run on."""
     algorithm = config.algorithm
-    if algorithm.kl_coef == 0 or algorithm.gate.mode == "off":
+    if not algorithm.has_kl or algorithm.gate.mode == "off":
         return 0.0
     if algorithm.gate.mode == "all":
         return 1.0
