@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +38,22 @@ class RewardOutput:
             through shaping, never counted as 0.
         details: optional further measurements, each ``[B]``; metrics and reports show their means
             as ``reward/<name>/<detail>/mean``.
+        sigma: ``[B]`` float32 from 0 on, the standard deviation that the reward itself states for
+            its scores, in their unit; NaN where it is unknown or the score is missing. None: the
+            reward states none. Metrics show its mean as ``reward/<name>/sigma``.
     """
 
     scores: Tensor
     details: dict[str, Tensor] = field(default_factory=dict)
+    sigma: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RewardOutput:
+        """The output with ``function`` applied to each of its tensors."""
+        return RewardOutput(
+            function(self.scores),
+            {name: function(values) for name, values in self.details.items()},
+            None if self.sigma is None else function(self.sigma),
+        )
 
 
 @dataclass

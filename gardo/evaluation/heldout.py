@@ -31,8 +31,8 @@ class Evaluation:
     """Result of one evaluation.
 
     Attributes:
-        metrics: ``reward/<name>/mean`` and ``/std`` of every reward, ``diversity/pairwise`` and,
-            with reference images, ``feature_distance``.
+        metrics: ``reward/<name>/mean`` and ``/std`` of every reward, ``/sigma`` of those that state
+            it, ``diversity/pairwise`` and, with reference images, ``feature_distance``.
         images: ``[n, 3, H, W]`` float32 on the CPU, the ones for the grid.
         captions: prompt and scores of each.
     """
@@ -120,11 +120,13 @@ class HeldOutEvaluator:
             columns[name] = self._gather(book.scores(name) if mine else None, 1, ids, total)
             self.rewards.check_missing(name, columns[name])
             metrics |= reward_metrics(name, columns[name], book.seconds_per_image(name))
-        details = book.details()
-        for name in self.runtime.union(details) if self.runtime else sorted(details):
-            found = details.get(name, torch.full((len(ids),), torch.nan))
+        further = {f"reward/{key}/mean": values for key, values in book.details().items()}
+        sigmas = {f"reward/{name}/sigma": book.sigma(name) for name in names}
+        further |= {key: values for key, values in sigmas.items() if values is not None}
+        for key in self.runtime.union(further) if self.runtime else sorted(further):
+            found = further.get(key, torch.full((len(ids),), torch.nan))
             column = self._gather(found if mine else None, 1, ids, total)
-            metrics[f"reward/{name}/mean"] = float(column.double().nanmean())
+            metrics[key] = float(column.double().nanmean())
         if self.rewards.features is not None:
             metrics |= self._feature_metrics(self._gather(book.features(), 2, ids, total))
         ids = [i for i in ids if i < shown]

@@ -85,9 +85,7 @@ class OCRReward(Reward):
             [float(target in text) for text, target in zip(texts, targets, strict=True)],
             device=images.device,
         )
-        return RewardOutput(
-            scores.where(finite, torch.nan), {"exact": exact.where(finite, torch.nan)}
-        )
+        return RewardOutput(scores, {"exact": exact}).map(lambda v: v.where(finite, torch.nan))
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> str | None:
         try:

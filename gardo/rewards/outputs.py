@@ -55,29 +55,43 @@ def _unexpected(name: str, count: int, got: str) -> UserError:
 
 
 def check_output(name: str, output: Any, count: int) -> RewardOutput:
-    """Check what `Reward.score` returned for ``count`` images; scores and details as `to_scores`.
+    """Check what `Reward.score` returned for ``count`` images, each of its tensors as `to_scores`.
+
+    Without a score there is no sigma.
 
     Raises:
-        UserError: not a `RewardOutput`, or wrong scores or details in it.
+        UserError: not a `RewardOutput`, wrong scores, details or sigma in it, or a negative sigma.
     """
     if not isinstance(output, RewardOutput):
         raise UserError(f"reward '{name}': expected a RewardOutput, got {type(output).__name__}")
     details = {key: to_scores(f"{name}/{key}", v, count) for key, v in output.details.items()}
-    return RewardOutput(to_scores(name, output.scores, count), details)
+    scores = to_scores(name, output.scores, count)
+    if output.sigma is None:
+        return RewardOutput(scores, details)
+    sigma = to_scores(f"{name}/sigma", output.sigma, count).to(scores.device)
+    if (sigma < 0).any():
+        lowest = float(sigma[~sigma.isnan()].min())
+        raise UserError(f"reward '{name}': expected sigma to be at least 0, got {lowest:g}")
+    return RewardOutput(scores, details, sigma.where(scores.isfinite(), torch.nan))
 
 
 def concatenate(outputs: Sequence[RewardOutput]) -> RewardOutput:
-    """Join the outputs of consecutive batches; a detail that a batch lacks is NaN there."""
+    """Join the outputs of consecutive batches; a detail or sigma that one lacks is NaN there."""
+    if not outputs:
+        return RewardOutput(torch.zeros(0))
     names = dict.fromkeys(name for output in outputs for name in output.details)
+    sigmas = [output.sigma for output in outputs]
 
-    def column(name: str) -> Tensor:
+    def column(parts: Sequence[Tensor | None]) -> Tensor:
+        pairs = zip(outputs, parts, strict=True)
         return torch.cat(
-            [o.details.get(name, torch.full_like(o.scores, torch.nan)) for o in outputs]
+            [torch.full_like(o.scores, torch.nan) if p is None else p for o, p in pairs]
         )
 
-    scores = [output.scores for output in outputs]
     return RewardOutput(
-        torch.cat(scores) if scores else torch.zeros(0), {n: column(n) for n in names}
+        column([output.scores for output in outputs]),
+        {name: column([output.details.get(name) for output in outputs]) for name in names},
+        None if all(sigma is None for sigma in sigmas) else column(sigmas),
     )
 
 
@@ -104,7 +118,7 @@ def score_batch(
         metadata: ``B`` records.
 
     Returns:
-        scores and details, each ``[B]`` float32; NaN where missing.
+        scores, details and sigma, each ``[B]`` float32; NaN where missing.
 
     Raises:
         UserError: the reward returned something else than a finite or missing number per image.

@@ -161,22 +161,20 @@ class ScoringWorker:
 
     def _book_oldest(self) -> None:
         batch = self._pending[0]
-        scores, details, seconds = {}, {}, {}
+        outputs, seconds = {}, {}
         for name, future in batch.scores.items():
             output, seconds[name] = self._result(f"reward '{name}'", future)
-            scores[name], details[name] = output.scores, output.details
-            self._use_here(output.scores, *output.details.values())
+            outputs[name] = output.map(self._use_here)
         features = None
         if batch.features is not None:
-            features, _ = self._result("feature extractor", batch.features)
-            self._use_here(features)
-        self._book.add(scores, features, seconds, batch.thumbnails, details)
+            features = self._use_here(self._result("feature extractor", batch.features)[0])
+        self._book.add(outputs, features, seconds, batch.thumbnails)
         self._pending.popleft()
 
-    def _use_here(self, *made: Tensor) -> None:
-        for tensor in made:
-            if tensor.is_cuda:  # made on a side stream, used on the caller's from now on
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    def _use_here(self, made: Tensor) -> Tensor:
+        if made.is_cuda:  # made on a side stream, used on the caller's from now on
+            made.record_stream(torch.cuda.current_stream(made.device))
+        return made
 
     def _result(self, what: str, future: Future[tuple[T, float]]) -> tuple[T, float]:
         error = future.exception()

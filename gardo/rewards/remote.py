@@ -105,11 +105,7 @@ class RemoteReward(Reward):
         else:
             with ThreadPoolExecutor(len(self._servers)) as threads:
                 outputs = list(threads.map(ask, range(len(chunks))))
-        output = concatenate(outputs)
-        return RewardOutput(
-            output.scores.to(images.device),
-            {key: values.to(images.device) for key, values in output.details.items()},
-        )
+        return concatenate(outputs).map(lambda values: values.to(images.device))
 
     def _chunk_size(self, images: Tensor) -> int:
         share = -(-len(images) // len(self._servers))

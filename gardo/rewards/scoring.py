@@ -85,11 +85,10 @@ class RewardSet:
         return {name: self.score_one(name, images, prompts).scores for name in names}
 
     def score_one(self, name: str, images: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:
-        """As `score` with a single reward; scores and details ``[B]`` float32."""
+        """As `score` with a single reward; scores, details and sigma ``[B]`` float32."""
         texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
         output = score_batch(name, self._rewards[name], images, texts, metadata)
-        details = {key: values.to(images.device) for key, values in output.details.items()}
-        return RewardOutput(output.scores.to(images.device), details)
+        return output.map(lambda values: values.to(images.device))
 
     def maximised(self, name: str, scores: Tensor) -> Tensor:
         """The scores, negated where lower is better."""
@@ -106,6 +105,30 @@ class RewardSet:
         """
         parts = [w * self.maximised(name, scores[name]) for name, w in self.proxy_weights.items()]
         return torch.stack(parts).sum(0)
+
+    def proxy_sigma(self, sigmas: Mapping[str, Tensor | None]) -> Tensor:
+        """The sigma of `proxy_scores`, of rewards whose errors are independent.
+
+        Args:
+            sigmas: ``[n]`` per reward as `ScoreBook.sigma` has them, of all processes; None or no
+                entry for a reward that states none.
+
+        Returns:
+            ``[n]``, ``sqrt(sum_k (w_k sigma_k)^2)``; NaN where one of them is.
+
+        Raises:
+            UserError: a reward of the proxy states no sigma.
+        """
+        parts = []
+        for name, weight in self.proxy_weights.items():
+            sigma = sigmas.get(name)
+            if sigma is None:
+                raise UserError(
+                    "algorithm.gate.uncertainty: all but 'ensemble' needs a proxy that reports its "
+                    f"uncertainty (RewardOutput.sigma); reward '{name}' reports none"
+                )
+            parts.append(weight * sigma)
+        return torch.stack(parts).square().sum(0).sqrt()
 
     def check_missing(self, name: str, scores: Tensor) -> None:
         """Refuse to go on when a reward misses too many scores.
@@ -164,23 +187,21 @@ class ScoreBook:
 
     def add(
         self,
-        scores: Mapping[str, Tensor],
+        outputs: Mapping[str, RewardOutput | Tensor],
         features: Tensor | None,
         seconds: Mapping[str, float] | None = None,
         thumbnails: Tensor | None = None,
-        details: Mapping[str, dict[str, Tensor]] | None = None,
     ) -> None:
         """Append a batch.
 
         Args:
-            scores: ``[B]`` per reward.
+            outputs: per reward, or its scores ``[B]`` alone.
             features: ``[B, D]``.
             seconds: that the batch took, per reward.
             thumbnails: ``[B, D']`` of `gardo.rewards.thumbnails`.
-            details: ``[B]`` per reward and detail.
         """
-        for name, values in scores.items():
-            output = RewardOutput(values, (details or {}).get(name, {}))
+        for name, found in outputs.items():
+            output = RewardOutput(found) if isinstance(found, Tensor) else found
             self._outputs.setdefault(name, []).append(output)
         for name, value in (seconds or {}).items():
             self._seconds[name] = self._seconds.get(name, 0.0) + value
@@ -197,6 +218,10 @@ class ScoreBook:
         """``[n]`` float32 per ``<reward>/<detail>``, NaN where a batch lacks it."""
         joined = {name: concatenate(outputs) for name, outputs in self._outputs.items()}
         return {f"{name}/{k}": v for name, o in joined.items() for k, v in o.details.items()}
+
+    def sigma(self, name: str) -> Tensor | None:
+        """``[n]`` float32, NaN where a batch lacks it; None if the reward never stated any."""
+        return concatenate(self._outputs.get(name, [])).sigma
 
     def features(self) -> Tensor | None:
         """``[n, D]`` float32, or None without a feature extractor."""

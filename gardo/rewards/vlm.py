@@ -98,7 +98,7 @@ class ChatReward(Reward):
             finally:  # after an error nothing more is asked
                 threads.shutdown(cancel_futures=True)
             unparsed[rows] = scores[rows].isnan().float()
-        return RewardOutput(scores.to(images.device), {"unparsed": unparsed.to(images.device)})
+        return RewardOutput(scores, {"unparsed": unparsed}).map(lambda v: v.to(images.device))
 
 
 class UnifiedRewardReward(ChatReward):

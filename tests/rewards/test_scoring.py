@@ -302,7 +302,7 @@ def test_the_book_keeps_order_and_times() -> None:
     assert book.features().shape == (3, 3)
     assert book.seconds_per_image("a") == pytest.approx(0.2)
     assert book.seconds_per_image("b") is None
-    book.add({"b": torch.zeros(1)}, None, details={"b": {"x": torch.ones(1)}})
+    book.add({"b": RewardOutput(torch.zeros(1), {"x": torch.ones(1)})}, None)
     assert book.seconds_per_image("b") is None
     book.add({"b": torch.zeros(2)}, None)  # as of a server that could not score
     details = book.details()

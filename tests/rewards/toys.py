@@ -54,6 +54,13 @@ def batch_size(images, prompts, metadata):
 batch_size.spec = RewardSpec(higher_is_better=False, value_range=(1.0, 8.0), batch_size=8)
 
 
+def unsure(images, prompts, metadata):
+    """As `brittle`, a tenth of it as its sigma, which it does not know for "vague"."""
+    scores = brittle(images, prompts, metadata)
+    vague = torch.tensor([p == "vague" for p in prompts], dtype=torch.bool)
+    return RewardOutput(scores, sigma=(images[:, 0, 0, 0] / 10).masked_fill(vague, torch.nan))
+
+
 class Slow:
     """A reward that takes seconds to build."""
 

@@ -16,6 +16,7 @@ from gardo.distributed.process import Runtime
 from gardo.distributed.signals import leave
 from gardo.rewards.scoring import RewardSet, ScoreBook
 from gardo.sampling.plan import plan_epoch
+from gardo.types import RewardOutput
 
 PROMPTS, GROUP = 3, 5
 
@@ -34,7 +35,8 @@ def main(output: str) -> None:
     columns = {name: scores[k, mine] for k, name in enumerate(names)}
     # a detail of all processes, and one that no other process has
     own = {"all": scores[0, mine], f"rank{runtime.rank}": torch.full((len(mine),), 2.0)}
-    book.add(columns, features[mine], dict.fromkeys(names, 0.0), details={names[0]: own})
+    columns[names[0]] = RewardOutput(columns[names[0]], own)
+    book.add(columns, features[mine], dict.fromkeys(names, 0.0))
     shaped = Shaper(config.algorithm, rewards)(book, plan, runtime)
     for rank in range(runtime.world_size):
         assert shaped.metrics[f"reward/{names[0]}/rank{rank}/mean"] == 2.0

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -176,7 +177,7 @@ class Batcher:
             if failed and len(failed) == len(job.request):
                 _answer(job, ProtocolError(500, f"{self.name}: {failed[0]}"))
             else:
-                _answer(job, _rows(output, start, stop))
+                _answer(job, output.map(itemgetter(slice(start, stop))))
             start = stop
 
     async def _isolated(self, request: ScoreRequest) -> tuple[RewardOutput, list[str | None]]:
@@ -201,7 +202,7 @@ class Batcher:
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> RewardOutput:
         output = score_batch(self.name, self.reward, images.to(self._device), prompts, metadata)
-        return RewardOutput(output.scores.cpu(), {k: v.cpu() for k, v in output.details.items()})
+        return output.map(Tensor.cpu)
 
 
 def _answer(job: _Job, result: RewardOutput | ProtocolError) -> None:
@@ -215,8 +216,3 @@ def _answer(job: _Job, result: RewardOutput | ProtocolError) -> None:
 
 def _part(request: ScoreRequest, rows: slice) -> ScoreRequest:
     return ScoreRequest(request.images[rows], request.prompts[rows], request.metadata[rows])
-
-
-def _rows(output: RewardOutput, start: int, stop: int) -> RewardOutput:
-    details = {name: values[start:stop] for name, values in output.details.items()}
-    return RewardOutput(output.scores[start:stop], details)

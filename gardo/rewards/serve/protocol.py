@@ -6,8 +6,9 @@ A request to score carries the images in one of two content types:
   object ``{"prompts": [...], "metadata": [...]}`` as the entry ``request`` of the file's metadata;
 - `JSON`: ``{"images": [base64 of a PNG, ...], "prompts": [...], "metadata": [...]}``.
 
-The answer is ``{"scores": [...], "details": {name: [...]}}`` with null for a missing score, or
-``{"error": text}`` with a status from 400 on. Nothing is ever unpickled.
+The answer is ``{"scores": [...], "details": {name: [...]}}``, with ``"sigma": [...]`` too where the
+reward states its uncertainty, and null for what is missing; or ``{"error": text}`` with a status
+from 400 on. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -229,7 +230,8 @@ def _to_pngs(images: Tensor) -> list[bytes]:
 def scores_to_json(output: RewardOutput) -> dict[str, Any]:
     """The answer to a request; float32 values survive the way there and back unchanged."""
     details = {name: _to_list(values) for name, values in output.details.items()}
-    return {"scores": _to_list(output.scores), "details": details}
+    answer: dict[str, Any] = {"scores": _to_list(output.scores), "details": details}
+    return answer if output.sigma is None else {**answer, "sigma": _to_list(output.sigma)}
 
 
 def scores_from_json(answer: Mapping[str, Any], count: int) -> RewardOutput:
@@ -241,8 +243,12 @@ def scores_from_json(answer: Mapping[str, Any], count: int) -> RewardOutput:
     details = answer.get("details")
     if not isinstance(details, dict):
         raise ValueError("details: expected an object")
-    scores = _from_list("scores", answer.get("scores"), count)
-    return RewardOutput(scores, {str(k): _from_list(str(k), v, count) for k, v in details.items()})
+    sigma = answer.get("sigma")
+    return RewardOutput(
+        _from_list("scores", answer.get("scores"), count),
+        {str(k): _from_list(str(k), v, count) for k, v in details.items()},
+        None if sigma is None else _from_list("sigma", sigma, count),
+    )
 
 
 def _to_list(values: Tensor) -> list[float | None]:
