@@ -15,6 +15,7 @@ from gardo.algorithms.parity import ParityCheck
 from gardo.algorithms.registry import ALGORITHMS
 from gardo.algorithms.shaping import Shaper
 from gardo.algorithms.stats import UpdateStats
+from gardo.algorithms.strength import measure_strength
 from gardo.checkpointing.parts import Counter, NamedOptimizer, Part, Stateful
 from gardo.checkpointing.policy import CheckpointPolicy
 from gardo.checkpointing.resume import ResumePoint, take_over
@@ -116,6 +117,11 @@ class Trainer:
             state[name] = Part(partial(adapters.parameters, name), load)
         if self.ema is not None:
             state["ema"] = self.ema
+        if self.config.algorithm.needs_anchor:
+            load = partial(self.shaper.load_anchor, device=self.runtime.device)
+            state["anchor"] = Part(self.shaper.anchor_state, load)
+        if self.config.algorithm.kl_target is not None:
+            state["kl_strength"] = self.algorithm.strength
         return state | {
             "optimizer": NamedOptimizer(self.optimizer, list(adapters.parameters())),
             "health": self.health,
@@ -191,6 +197,7 @@ class Trainer:
         with stage("update"), self.checkpoints.updates():
             if self.algorithm.traits.ratios:
                 self.parity(rollout, data.steps, self.progress.write)
+            strength = measure_strength(self.algorithm, data, epoch)
             stats = UpdateStats(config.algorithm.reset_judged_by)
             updates = config.train.updates_per_epoch
             for index in range(updates):
@@ -201,12 +208,14 @@ class Trainer:
             update_metrics, kl = stats.metrics(self.runtime)
             update_metrics |= self.algorithm.finish_epoch((epoch + 1) * updates)
             # without a KL term nothing looks at the reference
-            reset = config.algorithm.has_kl and self.adaptive_reference.update(kl, shaped.scores)
+            reset = config.algorithm.has_kl and self.adaptive_reference.update(
+                kl, shaped.scores, shaped.uncertainty, steps=len(stats.grad_norm)
+            )
             if reset:
                 self.adapters.copy(POLICY, REFERENCE)
         rows_per_sample = 2 if self.sampler.guided else 1
         samples = config.prompts.per_epoch * config.prompts.group_size
-        metrics = shaped.metrics | update_metrics
+        metrics = shaped.metrics | strength | update_metrics
         return {
             **metrics,
             **self.health.observe(epoch, metrics, shaped.scores),

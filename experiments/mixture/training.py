@@ -13,6 +13,8 @@ from experiments.mixture import distribution, rewards
 from experiments.mixture.methods import Method, Part
 from experiments.mixture.policy import Rollout, Schedule, VelocityNetwork, roll_out
 from gardo.algorithms.adaptive_reference import AdaptiveReference
+from gardo.algorithms.reward_shaper import RewardShaper, Shaped
+from gardo.algorithms.strength import PROBE, KLStrength
 from gardo.rng import generator
 
 
@@ -46,7 +48,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(), lr=settings.learning_rate, weight_decay=1e-4
         )
-        self.fraction = gk.AdaptiveFraction(initial=self.algorithm.gate.fraction)
+        self.shaper = RewardShaper(self.algorithm)
+        self.strength = KLStrength(self.algorithm)
         self.adaptive_reference = AdaptiveReference(self.algorithm.reference)
         group = torch.arange(settings.groups).repeat_interleave(settings.group_size)
         self.group_ids, self.context = group, group % part.contexts
@@ -58,8 +61,10 @@ class Run:
         points = rollout.samples
         proxy = self.part.proxy(points, self.context)
         aux = rewards.auxiliaries(points)
-        shaped = self._shape(proxy, aux, points)
+        distance = gk.nearest_neighbor_distance(rewards.features(points), self.group_ids)
+        shaped = self.shaper.shape(proxy.double(), aux.double(), self.group_ids, distance)
         order = torch.randperm(len(points), generator=source)
+        strength = self._measure_strength(rollout, shaped, order[:PROBE])
         kl_sum = 0.0
         for rows in order.chunk(self.settings.updates):
             kl_sum += self._update(rollout, shaped, rows)
@@ -67,6 +72,8 @@ class Run:
         reset = self.algorithm.has_kl and self.adaptive_reference.update(
             kl_sum / gated if gated else None,
             torch.cat([proxy[None], aux]),
+            shaped.uncertainty,
+            steps=self.settings.updates,
         )
         if reset:
             self.reference.load_state_dict(self.policy.state_dict())
@@ -74,7 +81,10 @@ class Run:
             **region_shares(points, self.context, self.part),
             "gate": gated / len(points),
             "kl": kl_sum / max(gated, 1),
-            "uncertainty": float(shaped.mean_uncertainty),
+            "uncertainty": shaped.metrics["uncertainty/mean"],
+            "advantage_rms": shaped.metrics["advantage/rms"],
+            "cap": shaped.metrics.get("cap/share", 0.0),
+            **strength,
             "reset": float(reset),
             "refused": float(self.adaptive_reference.refused),
         }
@@ -91,49 +101,34 @@ class Run:
     def _evaluated_context(self) -> Tensor:
         return torch.arange(self.settings.evaluation_samples) % self.part.contexts
 
-    def _shape(self, proxy: Tensor, aux: Tensor, points: Tensor) -> gk.ShapedRewards:
-        config = self.algorithm
-        distance = None
-        if config.diversity:
-            distance = gk.nearest_neighbor_distance(rewards.features(points), self.group_ids)
-        gate = config.gate.mode if config.has_kl else "off"
+    def _update(self, rollout: Rollout, shaped: Shaped, rows: Tensor) -> float:
+        """One optimizer step on ``rows``; the sum of their KL."""
+        gated = int(shaped.gate[rows].sum())
+        out = self._loss(rollout, shaped, rows, self.strength.coefficient)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(out.kl) * (gated if self.algorithm.kl_reduction == "gated" else len(rows))
 
-        def shape(fraction: float) -> gk.ShapedRewards:
-            return gk.shape_rewards(
-                proxy.double(),
-                aux.double(),
-                self.group_ids,
-                distance=distance,
-                fraction=fraction,
-                advantage_norm=config.advantage_norm,
-                gate=gate,
-                scope=config.gate.scope,
-            )
-
-        shaped = shape(self.fraction.fraction)
-        if gate == "paper":
-            shaped = shape(self.fraction.update(shaped.mean_uncertainty))
-        return shaped
-
-    def _update(self, rollout: Rollout, shaped: gk.ShapedRewards, rows: Tensor) -> float:
-        """One optimizer step on ``rows``, all steps but the last at once; the sum of their KL."""
-        steps = len(self.schedule) - 1  # the last is not trained, as in the trainer
+    def _loss(self, rollout: Rollout, shaped: Shaped, rows: Tensor, kl_coef: float) -> gk.GRPOLoss:
+        """Over ``rows``, all steps at once but the last, which the trainer does not train."""
+        steps = len(self.schedule) - 1
         sample = rollout.latents[:steps, rows].flatten(0, 1)
         previous = rollout.latents[1 : steps + 1, rows].flatten(0, 1)
         step = torch.arange(steps).repeat_interleave(len(rows))
         sigma, context = self.schedule.sigma[step], rollout.context[rows].repeat(steps)
         gate = shaped.gate[rows].repeat(steps)
-        gated, kl_coef = int(gate.sum()), self.algorithm.kl_coef
-        reference = torch.zeros_like(sample) if kl_coef > 0 else None
-        if reference is not None and gated:
+        reference = torch.zeros_like(sample) if self.algorithm.has_kl else None
+        if reference is not None and gate.any():
             with torch.no_grad():
                 reference[gate] = self.reference(sample[gate], sigma[gate], context[gate])
-        out = gk.grpo_loss(
+        return gk.grpo_loss(
             self.policy(sample, sigma, context),
             sample,
             previous,
             rollout.log_prob[:steps, rows].flatten(),
-            shaped.advantage[rows].float().repeat(steps),
+            shaped.advantage[rows].repeat(steps),
             self.schedule.coefficients[step],
             clip_range=self.algorithm.clip_range,
             adv_clip=self.algorithm.adv_clip,
@@ -142,11 +137,23 @@ class Run:
             kl_coef=kl_coef,
             kl_reduction=self.algorithm.kl_reduction,
         )
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(out.kl) * gated / steps
+
+    def _measure_strength(self, rollout: Rollout, shaped: Shaped, rows: Tensor) -> dict[str, float]:
+        """The KL's gradient against the policy's, as the trainer measures it, at all steps."""
+        if not self.algorithm.has_kl:
+            return {}
+        parameters = list(self.policy.parameters())
+        silent = shaped._replace(advantage=torch.zeros_like(shaped.advantage))
+        losses = (
+            self._loss(rollout, shaped, rows, kl_coef=0.0),
+            self._loss(rollout, silent, rows, kl_coef=1.0),
+        )
+        norms = [
+            float(torch.nn.utils.get_total_norm(torch.autograd.grad(out.loss, parameters)))
+            for out in losses
+        ]
+        figures = self.strength.observe(*norms)
+        return {name.removeprefix("kl/"): value for name, value in figures.items()}
 
 
 def region_shares(points: Tensor, context: Tensor, part: Part) -> dict[str, float]:

@@ -22,11 +22,17 @@ class AdaptiveReference:
 
     def __init__(self, config: ReferenceConfig) -> None:
         self.config = config
-        self.epochs_since_reset = 0
+        self.epochs_since_reset = self.steps_since_reset = 0
         self.refused = False
         self.guard = ResetGuard(config) if config.guard else None
 
-    def update(self, kl: float | None, scores: Tensor | None = None) -> bool:
+    def update(
+        self,
+        kl: float | None,
+        scores: Tensor | None = None,
+        uncertainty: Tensor | None = None,
+        steps: int = 0,
+    ) -> bool:
         """Count an epoch and return whether to reset.
 
         Args:
@@ -35,21 +41,26 @@ class AdaptiveReference:
             scores: ``[1 + K, N]`` of the epoch's samples, over all processes: the proxy, then the
                 auxiliary rewards, larger is better. The guard needs them; without one they may be
                 None.
+            uncertainty: ``[N]`` of the same samples against those of the base; None: the guard
+                ranks them against each other.
+            steps: optimizer steps that the epoch has made.
         """
         self.epochs_since_reset += 1
+        self.steps_since_reset += steps
         if self.guard is not None:
             if scores is None:
                 raise ValueError("scores: expected a tensor, because there is a guard, got None")
-            self.guard.observe(scores)
-        threshold, period = self.config.kl_threshold, self.config.reset_every
+            self.guard.observe(scores, uncertainty)
+        config = self.config
+        threshold, period, limit = config.kl_threshold, config.reset_every, config.reset_steps
         too_far = threshold > 0 and kl is not None and kl > threshold
         too_old = period > 0 and self.epochs_since_reset >= period
-        due = too_far or too_old
+        due = too_far or too_old or (limit > 0 and self.steps_since_reset >= limit)
         # a refused reset stays due: it is asked for again after the next epoch
         self.refused = due and self.guard is not None and not self.guard.trusts()
         if not due or self.refused:
             return False
-        self.epochs_since_reset = 0
+        self.epochs_since_reset = self.steps_since_reset = 0
         if self.guard is not None:
             self.guard.accept()
         return True
@@ -57,7 +68,11 @@ class AdaptiveReference:
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers (JSON-able)."""
         guard = None if self.guard is None else self.guard.state_dict()
-        return {"epochs_since_reset": self.epochs_since_reset, "guard": guard}
+        return {
+            "epochs_since_reset": self.epochs_since_reset,
+            "steps_since_reset": self.steps_since_reset,
+            "guard": guard,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`. Raises ValueError if only one of the two has a guard."""
@@ -69,6 +84,7 @@ class AdaptiveReference:
                 f"runs {on} has a guard and {off} has none"
             )
         self.epochs_since_reset = int(state["epochs_since_reset"])
+        self.steps_since_reset = int(state.get("steps_since_reset", 0))  # newer than the other
         if self.guard is not None and saved is not None:
             self.guard.load_state_dict(saved)
 
@@ -99,12 +115,12 @@ class ResetGuard:
         self._trusted: list[_Epoch] = []
         self._lowest_tail = math.inf
 
-    def observe(self, scores: Tensor) -> None:
+    def observe(self, scores: Tensor, uncertainty: Tensor | None = None) -> None:
         """Take in an epoch, as in :meth:`AdaptiveReference.update`.
 
-        The uncertainty is the gate's in its published form: the proxy's win rate minus the mean
-        win rate of the auxiliaries, over the batch, ties counting one half. A sample with a
-        missing score is left out, and so is an epoch in which every sample misses one.
+        The uncertainty, where none is given, is the proxy's win rate minus the mean win rate of the
+        auxiliaries, over the batch, ties counting one half. A sample with a missing score is left
+        out, and so is an epoch in which every sample misses one.
 
         Raises:
             ValueError: no auxiliary rewards.
@@ -112,11 +128,18 @@ class ResetGuard:
         if scores.dim() != 2 or len(scores) < 2:
             raise ValueError(f"scores: expected [1 + K, N] with K > 0, got {list(scores.shape)}")
         scores = scores.detach().double().cpu()
-        scores = scores[:, scores.isfinite().all(dim=0)]
+        valid = scores.isfinite().all(dim=0)
+        if uncertainty is not None:
+            uncertainty = uncertainty.detach().double().cpu()
+            valid &= uncertainty.isfinite()
+        scores = scores[:, valid]
         if scores.shape[1] == 0:
             return
-        rates = gk.win_rate(scores)
-        uncertainty = rates[0] - rates[1:].mean(dim=0)
+        if uncertainty is None:
+            rates = gk.win_rate(scores)
+            uncertainty = rates[0] - rates[1:].mean(dim=0)
+        else:
+            uncertainty = uncertainty[valid]
         count = max(1, round(self.config.guard_share * len(uncertainty)))
         tail = float(uncertainty.topk(count).values.mean())
         digest = scores[1:].sort(dim=1).values[:, (_LEVELS * scores.shape[1]).long()]

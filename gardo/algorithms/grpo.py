@@ -72,6 +72,9 @@ class GRPO(Algorithm[TrainingData]):
             data.noise = sampling_noise(rollout, steps, self.sampler.latent_shape, seed, epoch)
         return self._with_reference(data)
 
+    def kl_scale(self, data: TrainingData, k: int) -> Tensor:
+        return data.rollout.table.coefficients[data.steps[k]].kl
+
     def loss(self, data: TrainingData, batch: MicroBatch, k: int) -> Loss:
         t, config = data.at(k, batch.rows), self.algorithm
         velocity = self.sampler.velocity(t.latents, t.timesteps, batch.conditioning)
@@ -92,7 +95,7 @@ class GRPO(Algorithm[TrainingData]):
             adv_clip=adv_clip,
             gate=batch.gate,
             ref_velocity=data.ref_velocity(k, batch),
-            kl_coef=config.kl_coef * batch.kl_weight,
+            kl_coef=self.strength.coefficient * batch.kl_weight,
             velocity_uncond=velocity.uncond,
             guidance_scale=velocity.guidance_scale,
             reduction="sum",

@@ -129,7 +129,7 @@ class NFT(Algorithm[NFTData]):
             adv_clip=self.algorithm.adv_clip,
             gate=batch.gate[:n],
             ref_velocity=None if reference is None else reference[:n],
-            kl_coef=self.algorithm.kl_coef * batch.kl_weight,
+            kl_coef=self.strength.coefficient * batch.kl_weight,
             reduction="sum",
         )
 

@@ -39,16 +39,24 @@ class UpdateStats:
         gated: int,
         kl_weight: float,
         clip_range: float | tuple[float, float],
+        advantage: Tensor | None = None,
     ) -> None:
-        """Add the sums over a micro-batch, of which ``size`` rows are no padding."""
-        clipped = distance = torch.zeros_like(out.kl)
+        """Add the sums over a micro-batch, of which ``size`` rows are no padding.
+
+        Args:
+            advantage: ``[B]``, for the clip fractions by its sign.
+        """
+        sums = [out.policy_loss, out.loss, out.kl, out.kl * kl_weight]
         if isinstance(out, gk.GRPOLoss):
             ratio = out.ratio[:size]
             deviation = (ratio - 1).abs()
-            clipped, distance = _outside(ratio, clip_range).sum(), deviation.sum()
             if not self.grad_norm:  # the policy is still the one that sampled
                 self._first_deviations.append(deviation.max() if size else deviation.sum())
-        sums = (out.policy_loss, out.loss, out.kl, out.kl * kl_weight, clipped, distance)
+            outside = _outside(ratio, clip_range)
+            sign = torch.zeros_like(ratio) if advantage is None else advantage[:size]
+            above, below = sign > 0, sign < 0
+            counted = torch.stack([outside, above, outside & above, below, outside & below])
+            sums += [deviation.sum(), *counted.sum(1)]
         self._sums.append(torch.stack([value.detach().double() for value in sums]))
         self._counts.append((size, gated))
 
@@ -86,7 +94,7 @@ class UpdateStats:
         columns = torch.cat([counts, sums], 1)
         updates = runtime.sum(torch.stack([columns[a:b].sum(0) for a, b in calls]))
         # samples and gated ones are counted once per trained step, as they are in the sums
-        samples, gated, policy, total, kl, _, clipped, distance = updates.sum(0).tolist()
+        samples, gated, policy, total, kl, _, *ratios = updates.sum(0).tolist()
         mean = kl / gated if gated else None
         figures = {
             "loss/policy": policy / samples,
@@ -95,7 +103,12 @@ class UpdateStats:
         }
         if self._first_deviations:
             deviation = runtime.max(torch.stack(self._first_deviations).max())
+            distance, clipped, *signed = ratios
             figures["clip_fraction"] = clipped / samples
+            for sign, (count, outside) in zip(
+                ("positive", "negative"), (signed[:2], signed[2:]), strict=True
+            ):
+                figures[f"clip_fraction/{sign}"] = outside / count if count else math.nan
             figures["ratio/max_abs_dev"] = float(deviation)
             figures["ratio/mean_abs_dev"] = distance / samples
         figures["grad_norm"] = float(torch.stack(self.grad_norm).mean())

@@ -15,6 +15,7 @@ from gardo.algorithms.penalty import kl_weight
 from gardo.algorithms.reference import reference_pass
 from gardo.algorithms.shaping import ShapedEpoch
 from gardo.algorithms.stats import Loss, UpdateStats
+from gardo.algorithms.strength import KLStrength
 from gardo.checkpointing.state_tensors import whole
 from gardo.config import AlgorithmConfig, Config, TrainConfig, Traits
 from gardo.distributed.process import Runtime
@@ -52,6 +53,7 @@ class Algorithm(ABC, Generic[Data]):
         runtime: Runtime,
     ) -> None:
         self.algorithm = algorithm
+        self.strength = KLStrength(algorithm)
         self.train = train
         self.sampler = sampler
         self.adapters = adapters
@@ -95,8 +97,12 @@ class Algorithm(ABC, Generic[Data]):
     def loss(self, data: Data, batch: MicroBatch, k: int) -> Loss:
         """Summed over a micro-batch at the ``k``-th trained step; padding must add nothing.
 
-        A sample's KL weighs ``algorithm.kl_coef * batch.kl_weight``.
+        A sample's KL weighs ``strength.coefficient * batch.kl_weight``.
         """
+
+    def kl_scale(self, data: Data, k: int) -> Tensor | float:
+        """A sample's KL at a trained step, where the mean square difference of velocities is 1."""
+        return 1.0
 
     def finish_epoch(self, optimizer_steps: int) -> dict[str, float]:
         """After an epoch's updates; ``optimizer_steps`` counts those of the whole run.
@@ -129,10 +135,11 @@ class Algorithm(ABC, Generic[Data]):
         """Backward through every micro-batch of an update, at every trained step."""
         weight = self.weight(data, index)
         for batch, k, last in self.passes(data, index):
-            with self._reduced_if(last):
+            with self.reduced_if(last):
                 out = self.loss(data, batch, k)
                 self.runtime.accelerator.backward(out.loss * weight)
-            stats.add(out, batch.size, batch.gated, batch.kl_weight, self.algorithm.clip_range)
+            clip_range, advantage = self.algorithm.clip_range, batch.advantage
+            stats.add(out, batch.size, batch.gated, batch.kl_weight, clip_range, advantage)
 
     def passes(self, data: Data, index: int) -> Iterator[tuple[MicroBatch, int, bool]]:
         """The micro-batches of an update at each trained step, and whether it is the last pass."""
@@ -188,7 +195,7 @@ class Algorithm(ABC, Generic[Data]):
                 return Outcome.SCALED_DOWN
         return Outcome.BAD_GRADIENT if gradient else Outcome.MADE
 
-    def _reduced_if(self, last: bool) -> AbstractContextManager[None]:
+    def reduced_if(self, last: bool) -> AbstractContextManager[None]:
         """A forward and backward; only in an update's last are gradients reduced over processes.
 
         With full fine-tuning and sharded weights they are in each, because before it every process

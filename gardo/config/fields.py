@@ -41,7 +41,7 @@ def _clip_range(value: Any) -> Any:
 
 
 def _kl_coef(value: Any) -> Any:
-    share = value.get("target_share") if isinstance(value, Mapping) else value
+    share: Any = value.get("target_share") if isinstance(value, Mapping) else value
     number = isinstance(share, (int, float)) and not isinstance(share, bool)
     if not number or not math.isfinite(share) or share < 0:
         raise ValueError("expected a number from 0 on, or {target_share: NUMBER above 0}")
