@@ -18,7 +18,7 @@ GateSamplesParams params(const Args& args) {
   p.fraction = args.value<double>("fraction");
   if (!(p.fraction >= 0.0 && p.fraction <= 1.0)) refuse("fraction", "expected in [0, 1]");
   p.side = args.choice<Side>("side", 2);
-  p.ties = args.choice<Ties>("ties", 2);
+  p.ties = args.choice<Ties>("ties", 3);
   p.share_of = args.choice<ShareOf>("share_of", 2);
   p.scope = args.choice<RankScope>("scope", 2);
   p.num_threads = args.threads();

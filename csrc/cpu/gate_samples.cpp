@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "groups.h"
@@ -18,13 +19,15 @@ struct Plan {
   const Groups scopes;  // the samples that are ranked together
   std::vector<std::uint8_t> valid;
   std::vector<int64_t> score;  // [K + 1, N]: doubled wins, or the ordinal rank
+  std::vector<double> sum;     // of the U of each scope
 
   explicit Plan(const GateSamplesParams& params)
       : p(params),
         scopes(p.scope == RankScope::kBatch ? single_group(p.num_samples)
                                             : sort_groups(p.groups, p.num_samples)),
         valid(p.num_samples),
-        score((p.num_aux + 1) * p.num_samples) {
+        score((p.num_aux + 1) * p.num_samples),
+        sum(scopes.count()) {
     for (int64_t i = 0; i < p.num_samples; ++i) {
       bool ok = std::isfinite(p.proxy[i]);
       for (int64_t k = 0; k < p.num_aux && ok; ++k) {
@@ -46,19 +49,22 @@ void rank_scope(Plan& plan, int64_t k, int64_t s, Keyed* ranked, Keyed* scratch)
   const int64_t count = rank_members(reward, plan.members(s), plan.size(s), plan.valid.data(),
                                      p.side == Side::kUnder, ranked + begin, scratch + begin);
   int64_t* score = plan.score.data() + k * p.num_samples;
-  if (p.ties == Ties::kHalf) return doubled_wins(ranked + begin, count, score);
+  if (p.ties != Ties::kOrdinal) {
+    return doubled_wins(ranked + begin, count, p.ties == Ties::kHalf ? 1 : 0, score);
+  }
   for (int64_t j = 0; j < count; ++j) score[ranked[begin + j].index] = j + 1;
 }
 
-void scope_uncertainties(const Plan& plan, int64_t s) {
+void scope_uncertainties(Plan& plan, int64_t s) {
   const GateSamplesParams& p = plan.p;
   const int64_t* members = plan.members(s);
   const int64_t n = plan.size(s);
   int64_t count = 0;
   for (int64_t j = 0; j < n; ++j) count += plan.valid[members[j]];
-  const bool ordinal = p.ties == Ties::kOrdinal;
-  const bool ranked = p.num_aux > 0 && (count > 1 || ordinal);
-  const int64_t unit = ordinal ? p.num_aux : 2 * (count - 1) * p.num_aux;
+  const int64_t against = p.ties == Ties::kHalf ? count - 1 : count;
+  const bool ranked = p.num_aux > 0 && against > 0;
+  const int64_t unit = (p.ties == Ties::kOrdinal ? 1 : 2 * against) * p.num_aux;
+  int64_t sum = 0;
   for (int64_t j = 0; j < n; ++j) {
     const int64_t i = members[j];
     p.uncertainty[i] = 0.0;
@@ -68,7 +74,9 @@ void scope_uncertainties(const Plan& plan, int64_t s) {
     // In integers up to here, so that agreement is exactly 0 and ties compare equal.
     const int64_t gap = p.num_aux * plan.score[i] - sum_aux;
     p.uncertainty[i] = static_cast<double>(gap) / static_cast<double>(unit);
+    sum += gap;
   }
+  plan.sum[s] = ranked ? static_cast<double>(sum) / static_cast<double>(unit) : 0.0;
 }
 
 // The q-quantile of `values` by linear interpolation, 0 of nothing; reorders them.
@@ -101,18 +109,19 @@ double gate_members(const Plan& plan, const int64_t* members, int64_t n,
   return threshold;
 }
 
-// Ranks of every reward have the same mean, so the mean U of all samples is 0: exactly, lest
-// rounding pass for a trend.
+// Of the samples that the fraction is a share of.
 double mean_uncertainty(const Plan& plan) {
   const GateSamplesParams& p = plan.p;
-  if (p.share_of == ShareOf::kAll) return 0.0;
+  if (has_zero_mean(p)) return 0.0;
+  const bool all = p.share_of == ShareOf::kAll;
   double sum = 0.0;
   int64_t count = 0;
   for (int64_t i = 0; i < p.num_samples; ++i) {
-    if (!plan.valid[i] || !(p.uncertainty[i] >= 0.0)) continue;
+    if (!plan.valid[i] || !(all || p.uncertainty[i] >= 0.0)) continue;
     sum += p.uncertainty[i];
     ++count;
   }
+  if (all) sum = std::accumulate(plan.sum.begin(), plan.sum.end(), 0.0);
   return count == 0 ? 0.0 : sum / static_cast<double>(count);
 }
 

@@ -17,10 +17,11 @@ int64_t rank_members(const double* reward, const int64_t* members, int64_t n,
   return count;
 }
 
-void doubled_wins(const Keyed* ranked, int64_t count, int64_t* wins) {
+void doubled_wins(const Keyed* ranked, int64_t count, int64_t tie, int64_t* wins) {
   for (int64_t begin = 0, end = 0; begin < count; begin = end) {
     while (end < count && ranked[end].key == ranked[begin].key) ++end;
-    for (int64_t j = begin; j < end; ++j) wins[ranked[j].index] = 2 * begin + (end - begin - 1);
+    const int64_t points = 2 * begin + tie * (end - begin - 1);
+    for (int64_t j = begin; j < end; ++j) wins[ranked[j].index] = points;
   }
 }
 

@@ -16,7 +16,7 @@ std::int64_t rank_members(const double* reward, const std::int64_t* members, std
                           const std::uint8_t* valid, bool descending, Keyed* ranked,
                           Keyed* scratch);
 
-// Twice the number of wins of each ranked sample, a tie counting one half: an exact integer.
-void doubled_wins(const Keyed* ranked, std::int64_t count, std::int64_t* wins);
+// Points of each ranked sample: 2 for a win, `tie` for a tie, so that one half is an exact integer.
+void doubled_wins(const Keyed* ranked, std::int64_t count, std::int64_t tie, std::int64_t* wins);
 
 }  // namespace gardo

@@ -28,7 +28,7 @@ void win_rate_cpu(const WinRateParams& p) {
     Keyed* own = ranked.data() + row + begin;
     const int64_t count = rank_members(p.rewards + row, members, size, valid.data() + row, false,
                                        own, scratch.data() + row + begin);
-    doubled_wins(own, count, wins.data() + row);
+    doubled_wins(own, count, 1, wins.data() + row);
     for (int64_t j = 0; j < size; ++j) {
       const int64_t i = row + members[j];
       if (!valid[i]) {

@@ -15,7 +15,7 @@ namespace gating {
 
 __global__ void __launch_bounds__(gardo::one_launch::kThreads)
     count_and_gate(const GateSamplesParams p, const double* device_fraction, bool group_thresholds,
-                   int padded, unsigned int* finished) {
+                   bool zero_mean, int padded, unsigned int* finished) {
   GARDO_DYNAMIC_SHARED(double, shared);
   __shared__ bool last;
   one_launch::count_block(p, group_thresholds, shared);
@@ -27,9 +27,9 @@ __global__ void __launch_bounds__(gardo::one_launch::kThreads)
   __threadfence();
   const double fraction = device_fraction == nullptr ? p.fraction : *device_fraction;
   if (group_thresholds) {
-    one_launch::gate_groups(p, fraction, shared, padded);
+    one_launch::gate_groups(p, zero_mean, fraction, shared, padded);
   } else {
-    one_launch::gate_batch(p, fraction, shared, padded);
+    one_launch::gate_batch(p, zero_mean, fraction, shared, padded);
   }
 }
 
@@ -45,7 +45,7 @@ inline void in_one_launch(const GateSamplesCudaParams& params) {
   // One block also runs without samples, for the threshold and the mean.
   launch(count_and_gate, blocks == 0 ? 1 : blocks, gardo::one_launch::kThreads,
          one_launch::shared_bytes(p.num_aux, padded), stream, p, params.device_fraction,
-         has_group_thresholds(p), padded, finished);
+         has_group_thresholds(p), has_zero_mean(p), padded, finished);
 }
 
 // ---- many samples: ranks by stable radix sorts (CUB), O(K N log N)
@@ -138,10 +138,11 @@ __global__ void add_scores(const GateSamplesParams p, Workspace w, std::int64_t 
   Index end;
   const Index begin = scope_of(w, i, n, grouped, &end);
   long long score = q - begin + 1;
-  if (p.ties == Ties::kHalf) {
+  if (p.ties != Ties::kOrdinal) {
     const Index tie_begin = sorted::lower_bound(keys, begin, end, keys[q]);
     const Index tie_end = sorted::upper_bound(keys, tie_begin, end, keys[q]);
-    score = 2LL * (tie_begin - begin) + (tie_end - tie_begin) - 1;
+    score = 2LL * (tie_begin - begin);
+    if (p.ties == Ties::kHalf) score += tie_end - tie_begin - 1;
   }
   w.gap[i] += (k == 0 ? p.num_aux : -1) * score;
   if (k == 0) w.in_scope[i] = sorted::lower_bound(keys, begin, end, kMissing) - begin;
@@ -172,16 +173,21 @@ __device__ inline double quantile(const GateSamplesParams& p, const double* devi
 
 // One block: threshold and mean of the sorted uncertainties.
 __global__ void find_threshold(const GateSamplesParams p, Workspace w,
-                               const double* device_fraction) {
+                               const double* device_fraction, bool zero_mean) {
   const auto n = static_cast<Index>(p.num_samples);
   const Index count = sorted::lower_bound(w.key_out, 0, n, kMissing);
+  const bool all = p.share_of == ShareOf::kAll;
   double sum = 0.0;
-  for (Index q = threadIdx.x; q < count; q += kThreads) sum += sorted::value_of(w.key_out[q]);
-  sum = sorted::block_sum(sum);
+  if (all && p.num_aux > 0) {
+    long long gaps = 0;
+    for (Index i = threadIdx.x; i < n; i += kThreads) gaps += w.gap[i];
+    sum = static_cast<double>(sorted::block_sum(gaps)) / unit_of(p, count);
+  } else {
+    for (Index q = threadIdx.x; q < count; q += kThreads) sum += sorted::value_of(w.key_out[q]);
+    sum = sorted::block_sum(sum);
+  }
   if (threadIdx.x != 0) return;
-  // The mean U of all is 0 (see gate_samples.cpp).
-  const bool zero = count == 0 || p.share_of == ShareOf::kAll;
-  *p.mean_uncertainty = zero ? 0.0 : sum / static_cast<double>(count);
+  *p.mean_uncertainty = zero_mean || count == 0 ? 0.0 : sum / static_cast<double>(count);
   *p.threshold = quantile(p, device_fraction, w.key_out, 0, count);
 }
 
@@ -206,6 +212,30 @@ __global__ void write_group_gates(const GateSamplesParams p, Workspace w,
   }
   p.threshold[i] = threshold;
   p.gate[i] = w.valid[i] && p.uncertainty[i] > threshold;
+}
+
+// Adds the gaps of each group into key_regroup, where the group begins in the order by group.
+__global__ void add_group_gaps(const GateSamplesParams p, Workspace w) {
+  const Index i = sorted::position();
+  if (i >= p.num_samples || !w.valid[i]) return;
+  Index end;
+  const Index begin = scope_of(w, i, static_cast<Index>(p.num_samples), true, &end);
+  atomicAdd(reinterpret_cast<unsigned long long*>(w.key_regroup + begin),
+            static_cast<unsigned long long>(w.gap[i]));
+}
+
+// One block: mean U from the gaps of the groups. A group begins with its valid samples.
+__global__ void find_group_mean(const GateSamplesParams p, Workspace w) {
+  double sum = 0.0;
+  Index count = 0;
+  for (Index q = threadIdx.x; q < p.num_samples; q += kThreads) {
+    count += w.valid[q];
+    const auto gaps = static_cast<long long>(w.key_regroup[q]);
+    if (gaps != 0) sum += static_cast<double>(gaps) / unit_of(p, w.in_scope[w.order[w.regroup[q]]]);
+  }
+  count = sorted::block_sum(count);
+  sum = sorted::block_sum(sum);
+  if (threadIdx.x == 0) *p.mean_uncertainty = count == 0 ? 0.0 : sum / static_cast<double>(count);
 }
 
 inline void by_sorting(const GateSamplesCudaParams& params) {
@@ -244,11 +274,16 @@ inline void by_sorting(const GateSamplesCudaParams& params) {
   if (has_group_thresholds(p)) {
     sort_keys();
     launch(write_group_gates, blocks, kThreads, 0, stream, p, w, params.device_fraction);
+    if (has_zero_mean(p)) return;
+    // The keys by group have been read.
+    check(cudaMemsetAsync(w.key_regroup, 0, n * sizeof(Key), stream));
+    launch(add_group_gaps, blocks, kThreads, 0, stream, p, w);
+    launch(find_group_mean, 1, kThreads, 0, stream, p, w);
     return;
   }
   std::size_t bytes = w.cub_bytes;
   check(cub::DeviceRadixSort::SortKeys(w.cub, bytes, w.key_in, w.key_out, n, 0, 64, stream));
-  launch(find_threshold, 1, kThreads, 0, stream, p, w, params.device_fraction);
+  launch(find_threshold, 1, kThreads, 0, stream, p, w, params.device_fraction, has_zero_mean(p));
   launch(write_gate, blocks, kThreads, 0, stream, p, w);
 }
 

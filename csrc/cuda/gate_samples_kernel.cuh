@@ -21,11 +21,16 @@ __device__ inline bool takes_part(const GateSamplesParams& p, long long i) {
 // What a gap of 1 is worth among `count` ranked samples.
 __device__ inline double unit_of(const GateSamplesParams& p, long long count) {
   if (p.ties == Ties::kOrdinal) return static_cast<double>(p.num_aux);
-  return static_cast<double>(2 * (count > 1 ? count - 1 : 1) * p.num_aux);
+  const long long against = p.ties == Ties::kHalf ? count - 1 : count;
+  return static_cast<double>(2 * (against > 0 ? against : 1) * p.num_aux);
 }
 
 __device__ inline double interpolated(double low, double high, double weight) {
   return weight < 0.5 ? low + (high - low) * weight : high - (high - low) * (1.0 - weight);
+}
+
+__device__ inline double nearest(double value) {
+  return floor(value + 0.5);
 }
 
 namespace one_launch {
@@ -78,14 +83,14 @@ struct Counts {
   long long first = kOneLaunchSamples;  // of the scope
 };
 
-// Points that the owner of `own` gets from one rival: 2 for a win, 1 for a tie; or, with ordinal
-// ranks, 1 if the rival ranks before it, ties in sample order. A win is to be above the rival, or
-// below where the samples of interest are the under-rated ones.
+// Points that the owner of `own` gets from one rival: 2 for a win, 1 for a tie, 0 with strict wins;
+// or, with ordinal ranks, 1 if the rival ranks before it, ties in sample order. A win is to be
+// above the rival, or below where the samples of interest are the under-rated ones.
 __device__ inline int score(const GateSamplesParams& p, double own, double other,
                             bool other_first) {
   const bool win = p.side == Side::kUnder ? other > own : other < own;
   if (p.ties == Ties::kOrdinal) return win || (other == own && other_first) ? 1 : 0;
-  return win ? 2 : (other == own ? 1 : 0);
+  return win ? 2 : (other == own && p.ties == Ties::kHalf ? 1 : 0);
 }
 
 __device__ inline void count_tile(const GateSamplesParams& p, const Tile& tile, long long base,
@@ -168,6 +173,18 @@ __device__ inline void bitonic_sort(double* values, int size) {
   __syncthreads();
 }
 
+// The totals of [kThreads] of each into the first, in a fixed order.
+__device__ inline void add_up(double* sums, long long* numbers) {
+  __syncthreads();
+  for (int step = kThreads / 2; step > 0; step /= 2) {
+    if (static_cast<int>(threadIdx.x) < step) {
+      sums[threadIdx.x] += sums[threadIdx.x + step];
+      numbers[threadIdx.x] += numbers[threadIdx.x + step];
+    }
+    __syncthreads();
+  }
+}
+
 __device__ inline int lower_bound(const double* values, int size, double value) {
   int begin = 0, end = size;
   while (begin < end) {
@@ -184,8 +201,8 @@ __device__ inline int lower_bound(const double* values, int size, double value) 
 // The functions below read what other blocks wrote, hence past the first-level cache.
 
 // One threshold, of all samples or of those with U >= 0.
-__device__ inline void gate_batch(const GateSamplesParams& p, double fraction, double* shared,
-                                  int padded) {
+__device__ inline void gate_batch(const GateSamplesParams& p, bool zero_mean, double fraction,
+                                  double* shared, int padded) {
   double* ordered = shared;  // [padded]
   double* sums = shared + padded;
   long long* numbers = reinterpret_cast<long long*>(sums + kThreads);
@@ -204,13 +221,7 @@ __device__ inline void gate_batch(const GateSamplesParams& p, double fraction, d
   sums[threadIdx.x] = sum;
   numbers[threadIdx.x] = number;
   bitonic_sort(ordered, padded);
-  for (int step = kThreads / 2; step > 0; step /= 2) {
-    if (static_cast<int>(threadIdx.x) < step) {
-      sums[threadIdx.x] += sums[threadIdx.x + step];
-      numbers[threadIdx.x] += numbers[threadIdx.x + step];
-    }
-    __syncthreads();
-  }
+  add_up(sums, numbers);
   number = numbers[0];
   double threshold = 0.0;
   if (number > 0) {
@@ -221,8 +232,10 @@ __device__ inline void gate_batch(const GateSamplesParams& p, double fraction, d
   }
   if (threadIdx.x == 0) {
     *p.threshold = threshold;
-    // The mean U of all is 0 (see gate_samples.cpp).
-    *p.mean_uncertainty = all || number == 0 ? 0.0 : sums[0] / static_cast<double>(number);
+    double total = zero_mean || number == 0 ? 0.0 : sums[0];
+    // The sum of the gaps is an integer: without the rounding of the single U.
+    if (all && p.num_aux > 0) total = nearest(total * unit_of(p, number)) / unit_of(p, number);
+    *p.mean_uncertainty = number == 0 ? 0.0 : total / static_cast<double>(number);
   }
   for (long long i = threadIdx.x; i < p.num_samples; i += kThreads) {
     p.gate[i] = __ldcg(p.gate + i) != 0 && __ldcg(p.uncertainty + i) > threshold;
@@ -230,20 +243,24 @@ __device__ inline void gate_batch(const GateSamplesParams& p, double fraction, d
 }
 
 // A threshold for each group.
-__device__ inline void gate_groups(const GateSamplesParams& p, double fraction, double* shared,
-                                   int padded) {
+__device__ inline void gate_groups(const GateSamplesParams& p, bool zero_mean, double fraction,
+                                   double* shared, int padded) {
   double* ordered = shared;  // [padded]
+  double* sums = shared + padded;
+  long long* numbers = reinterpret_cast<long long*>(sums + kThreads);
+  double sum = 0.0;
+  long long number = 0;
   for (int i = threadIdx.x; i < padded; i += kThreads) {
     const bool valid = i < p.num_samples && __ldcg(p.gate + i) != 0;
     ordered[i] = valid ? __ldcg(p.threshold + i) : HUGE_VAL;
   }
   bitonic_sort(ordered, padded);
-  if (threadIdx.x == 0) *p.mean_uncertainty = 0.0;
   for (long long i = threadIdx.x; i < p.num_samples; i += kThreads) {
     double threshold = 0.0;
     bool gated = false;
     if (__ldcg(p.gate + i) != 0 && p.num_aux > 0) {
-      const double group = floor(__ldcg(p.threshold + i) / kGapRange + 0.5) * kGapRange;
+      const double first = nearest(__ldcg(p.threshold + i) / kGapRange);
+      const double group = first * kGapRange;
       const int begin = lower_bound(ordered, padded, group - kGapRange / 2);
       const int count = lower_bound(ordered, padded, group + kGapRange / 2) - begin;
       const double position = (1.0 - fraction) * static_cast<double>(count - 1);
@@ -254,9 +271,21 @@ __device__ inline void gate_groups(const GateSamplesParams& p, double fraction, 
                                (ordered[begin + upper] - group) / unit,
                                position - static_cast<double>(lower));
       gated = __ldcg(p.uncertainty + i) > threshold;
+      ++number;
+      if (!zero_mean && first == static_cast<double>(i)) {  // for the whole group
+        double gaps = 0.0;
+        for (int q = begin; q < begin + count; ++q) gaps += ordered[q] - group;
+        sum += gaps / unit;
+      }
     }
     p.threshold[i] = threshold;
     p.gate[i] = gated;
+  }
+  sums[threadIdx.x] = sum;
+  numbers[threadIdx.x] = number;
+  add_up(sums, numbers);
+  if (threadIdx.x == 0) {
+    *p.mean_uncertainty = numbers[0] == 0 ? 0.0 : sums[0] / static_cast<double>(numbers[0]);
   }
 }
 

@@ -9,8 +9,8 @@ namespace gardo {
 
 // Which samples have a positive uncertainty: those that the proxy over-rates or under-rates.
 enum class Side : int { kOver = 0, kUnder = 1 };
-// Equal rewards count one half each, or rank in the order of the samples.
-enum class Ties : int { kHalf = 0, kOrdinal = 1 };
+// Equal rewards count one half each, or rank in the order of the samples, or do not count.
+enum class Ties : int { kHalf = 0, kOrdinal = 1, kStrict = 2 };
 // The samples that the fraction is a share of: all, or those with U >= 0.
 enum class ShareOf : int { kAll = 0, kNonnegative = 1 };
 enum class RankScope : int { kBatch = 0, kGroup = 1 };
@@ -39,6 +39,12 @@ struct GateSamplesParams {
 // Whether each group has a threshold of its own: of its samples, 0 where one takes no part.
 inline bool has_group_thresholds(const GateSamplesParams& p) {
   return p.share_of == ShareOf::kAll && p.scope == RankScope::kGroup;
+}
+
+// Whether the mean U of all samples is 0, since the scores of every reward have the same mean. It
+// is written as 0 then, and for strict wins comes from integers, lest rounding pass for a trend.
+inline bool has_zero_mean(const GateSamplesParams& p) {
+  return p.share_of == ShareOf::kAll && p.ties != Ties::kStrict;
 }
 
 void gate_samples_cpu(const GateSamplesParams& params);

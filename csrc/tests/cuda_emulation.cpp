@@ -125,12 +125,12 @@ int compare_gates(std::int64_t n, std::int64_t num_aux, std::int64_t groups, Ker
   const Case c = random_case(n, num_aux, groups, static_cast<unsigned>(n + 7 * num_aux));
   const double fraction = 0.3;
   int failures = 0;
-  for (int options = 0; options < 16; ++options) {
+  for (int options = 0; options < 24; ++options) {
     gardo::GateSamplesParams cpu{};
     cpu.side = static_cast<Side>(options & 1);
-    cpu.ties = static_cast<Ties>(options >> 1 & 1);
-    cpu.share_of = static_cast<ShareOf>(options >> 2 & 1);
-    cpu.scope = static_cast<RankScope>(options >> 3 & 1);
+    cpu.share_of = static_cast<ShareOf>(options >> 1 & 1);
+    cpu.scope = static_cast<RankScope>(options >> 2 & 1);
+    cpu.ties = static_cast<Ties>(options / 8);
     cpu.fraction = fraction;
     if (!all_options && cpu.side != Side::kOver && cpu.ties != Ties::kOrdinal) continue;
     Gated want, got;

@@ -34,6 +34,29 @@ def test_the_window_forgets():
     assert controller.update(5.0) == pytest.approx(0.099)  # above the last two, not above 9
 
 
+def test_the_papers_rule_waits_for_the_window_and_has_no_bounds_but_one():
+    controller = gk.AdaptiveFraction(0.1, rule="paper")
+    assert controller.rule == "paper"
+    for value in range(20):
+        assert controller.update(float(value)) == 0.1
+    assert controller.update(20.0) == pytest.approx(0.11)
+    assert controller.update(20.0) == pytest.approx(0.11)  # not above the maximum
+    assert controller.update(0.0) == pytest.approx(0.099)
+    for value in range(21, 60):
+        fraction = controller.update(float(value))
+    assert fraction == 1
+    for value in range(90):
+        fraction = controller.update(-1.0 - value)
+    assert fraction == pytest.approx(0.9**90)
+
+
+def test_the_papers_rule_keeps_bounds_that_are_given():
+    controller = gk.AdaptiveFraction(0.1, low=0.09, high=0.105, window=1, rule="paper")
+    assert [controller.update(x) for x in (0.0, 1.0, 0.5, 0.4)] == pytest.approx(
+        [0.1, 0.105, 0.0945, 0.09]
+    )
+
+
 def test_state_survives_json():
     a, b = gk.AdaptiveFraction(), gk.AdaptiveFraction()
     for value in (0.3, 0.5, 0.2, 0.4):
@@ -47,6 +70,7 @@ def test_state_survives_json():
     ("call", "error", "message"),
     [
         (lambda: gk.AdaptiveFraction(initial=0.5), ValueError, "initial"),
+        (lambda: gk.AdaptiveFraction(rule="ours"), ValueError, "rule: expected one of official"),
         (lambda: gk.AdaptiveFraction(low=-0.1), ValueError, "low"),
         (lambda: gk.AdaptiveFraction(low=0.3), ValueError, "high"),
         (lambda: gk.AdaptiveFraction(window=0), ValueError, "window"),

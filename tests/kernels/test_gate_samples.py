@@ -13,7 +13,7 @@ from fused_inputs import REWARD_BACKENDS
 import gardo_kernels as gk
 
 SIDES, TIES, SHARES, SCOPES = (
-    ("over", "under"), ("half", "ordinal"), ("all", "nonnegative"), ("batch", "group")
+    ("over", "under"), ("half", "ordinal", "strict"), ("all", "nonnegative"), ("batch", "group")
 )  # fmt: skip
 
 
@@ -25,6 +25,8 @@ def scores(rewards, where, side, ties):
         same = np.flatnonzero(where == where[i])
         if ties == "ordinal":
             out[i] = 1 + sum(r[j] < r[i] or (r[j] == r[i] and j < i) for j in same)
+        elif ties == "strict":
+            out[i] = np.mean(r[i] > r[same])
         else:
             rivals = same[same != i]
             points = sum((r[j] < r[i]) + 0.5 * (r[j] == r[i]) for j in rivals)
@@ -40,7 +42,7 @@ def literal(proxy, aux, ids, fraction, side, ties, share_of, scope):
         u = np.round(scores(proxy, where, side, ties) - np.mean(rivals, axis=0), 12)
     if share_of == "all" and scope == "group":
         threshold = np.array([np.quantile(u[ids == g], 1 - fraction) for g in ids])
-        return u, u > threshold + 1e-9, threshold, 0.0
+        return u, u > threshold + 1e-9, threshold, u.mean()
     eligible = u if share_of == "all" else u[u >= 0]
     threshold = np.quantile(eligible, 1 - fraction)
     return u, u > threshold + 1e-9, threshold, eligible.mean()
@@ -168,7 +170,7 @@ def test_fraction_as_a_tensor_and_the_dtype_of_results(backend):
         ({"fraction": torch.zeros(2)}, ValueError, "fraction: expected one value"),
         ({"fraction": torch.zeros((), device="meta")}, ValueError, "fraction: expected device cpu"),
         ({"side": "both"}, ValueError, "side: expected one of over, under, got 'both'"),
-        ({"ties": "max"}, ValueError, "ties: expected one of half, ordinal"),
+        ({"ties": "max"}, ValueError, "ties: expected one of half, ordinal, strict"),
         ({"share_of": "paper"}, ValueError, "share_of: expected one of all, nonnegative"),
         ({"scope": "all"}, ValueError, "scope: expected one of batch, group"),
         ({"backend": "triton"}, ValueError, "backend: expected one of native, reference"),
@@ -206,3 +208,45 @@ def test_an_adaptive_fraction_moves_before_the_gate_is_drawn(backend, share_of):
         torch.testing.assert_close(found.mean_uncertainty, u[u >= 0].mean(), rtol=1e-12, atol=0)
         assert ours.state_dict()["fraction"] == after
     assert moved >= 2
+
+
+@pytest.mark.parametrize("backend", REWARD_BACKENDS)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_strict_wins_are_the_papers_and_have_a_mean_where_rewards_are_equal(backend, scope):
+    options = {"ties": "strict", "scope": scope, "backend": backend}
+    ids = torch.zeros(4, dtype=torch.int64)
+    aux = torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
+    out = gk.gate_samples(torch.tensor([1.0, 1.0, 1.0, 2.0]), aux, ids, 0.5, **options)
+    # of 4: the last one beats 3, the others none; by each auxiliary together 3 / 2
+    assert out.uncertainty.tolist() == [-0.375, -0.375, -0.375, 0.375]
+    assert float(out.mean_uncertainty) == -0.1875
+    assert out.gate.tolist() == [False, False, False, True]
+    # without equal rewards it is 0, without what rounding would leave
+    proxy, aux, ids = (torch.tensor(x) for x in epoch(1, n=203, k=3, groups=7))
+    proxy[5] = torch.nan
+    out = gk.gate_samples(proxy, aux, ids, 0.1, **options)
+    assert float(out.mean_uncertainty) == 0
+    assert out.uncertainty.abs().max() > 0.5
+    alone = gk.gate_samples(proxy[:1], aux[:, :1], ids[:1], 0.1, **options)
+    assert float(alone.uncertainty) == 0
+
+
+@pytest.mark.parametrize("backend", REWARD_BACKENDS)
+@pytest.mark.parametrize("share_of", SHARES)
+@pytest.mark.parametrize("ties", TIES)
+def test_the_papers_rule_follows_the_mean_of_all_samples(backend, share_of, ties):
+    fraction, means = gk.AdaptiveFraction(0.1, window=2, rule="paper"), []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        proxy = torch.tensor(rng.integers(0, 2 + 9 * (seed % 2), 60).astype(float))
+        aux = torch.tensor(rng.integers(0, 3, (2, 60)).astype(float))
+        ids = torch.arange(60) % 5
+        rule = {"ties": ties, "share_of": share_of, "backend": backend}
+        found = gk.gate_samples(proxy, aux, ids, fraction, **rule)
+        means.append(float(found.mean_uncertainty))
+        assert means[-1] == pytest.approx(float(found.uncertainty.mean()), abs=1e-12)
+        assert (means[-1] == 0) == (ties != "strict")
+        drawn = gk.gate_samples(proxy, aux, ids, fraction.fraction, **rule)
+        assert torch.equal(found.gate, drawn.gate)
+    assert fraction.state_dict()["history"] == means[-2:]
+    assert (fraction.fraction == 0.1) == (ties != "strict")

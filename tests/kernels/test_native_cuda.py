@@ -60,7 +60,7 @@ def test_matches_the_reference(cuda: torch.device, samples: int, num_aux: int) -
 @pytest.mark.parametrize("num_aux", [0, 2, 17])
 def test_every_gate_matches_the_reference(cuda: torch.device, samples: int, num_aux: int) -> None:
     proxy, aux, ids, distance = case(samples, num_aux, cuda)
-    choices = (("over", "under"), ("half", "ordinal"), ("all", "nonnegative"), SCOPES)
+    choices = (("over", "under"), ("half", "ordinal", "strict"), ("all", "nonnegative"), SCOPES)
     for options in itertools.product(*choices):
         got = gk.gate_samples(proxy, aux, ids, 0.1, *options, backend="native")
         want = gk.gate_samples(proxy, aux, ids, 0.1, *options, backend="reference")

@@ -60,12 +60,14 @@ def gate_samples(
         group_ids: int64 ``[N]`` in any order, one id per prompt; read with ``scope="group"``.
         fraction: the share to gate, in ``[0, 1]``; a number, or a 0-d floating tensor (whose value
             is not checked on an accelerator, and read there by the kernel). An `AdaptiveFraction`
-            is updated with the mean of the U ``>= 0`` first, which waits for an accelerator.
+            is updated first, which waits for an accelerator: by its rule ``official`` with the
+            mean of the U ``>= 0``, by ``paper`` with that of all (0 but with ``ties="strict"``).
         side: ``over``: samples that the proxy over-rates are uncertain; ``under``: those that it
             under-rates (U has the other sign), which is what published code gates.
         ties: ``half``: equal rewards count one half, U is in ``[-1, 1]``; ``ordinal``: U is the
             difference of ordinal ranks, equal rewards ranking in the order of the samples, which
-            published code does.
+            published code does; ``strict``: w is the paper's share of wins,
+            ``#{j: R_j < R_i} / B`` with B the number of valid samples compared, itself included.
         share_of: what ``fraction`` is a share of. ``all``: the quantile is that of all U (the
             paper's); ``nonnegative``: of those ``>= 0``, alone (published code's).
         scope: ``batch`` compares a sample with all others, ``group`` with its group. The quantile
@@ -76,7 +78,8 @@ def gate_samples(
     Returns:
         ``uncertainty`` ``[N]``, ``gate`` bool ``[N]``, ``threshold`` (the quantile) 0-d, or ``[N]``
         where each group has its own, and 0-d ``mean_uncertainty`` over the samples that the
-        quantile is taken of. With ``all`` that mean is 0: ranks of every reward have the same mean.
+        quantile is taken of. With ``all`` that mean is 0, as the scores of every reward have the
+        same mean, unless ``ties`` is ``strict`` and some rewards are equal.
         With an `AdaptiveFraction` it is the mean that this was updated with.
         Computed in float64; float64 for a float64 proxy, else float32. No gradient flows.
 
@@ -103,7 +106,9 @@ def gate_samples(
     found = _gate_samples(chosen, *wide, number, tensor, *rule)
     if adaptive is not None:
         uncertainty, *_, mean = found
-        if share_of == "all":
+        if adaptive.rule == "paper" and share_of != "all":
+            *_, mean = _gate_samples(chosen, *wide, number, None, side, ties, "all", scope)
+        elif adaptive.rule == "official" and share_of == "all":
             kept = (uncertainty >= 0) & proxy.isfinite() & aux.isfinite().all(0)
             mean = torch.where(kept, uncertainty, 0.0).sum() / kept.sum().clamp(min=1)
         if adaptive.update(mean) != number:

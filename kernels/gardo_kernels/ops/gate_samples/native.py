@@ -14,7 +14,7 @@ __all__ = ["SCOPES", "SHARES", "SIDES", "TIES", "gate_samples", "unavailable"]
 
 #: In the order of the core's codes.
 SIDES = ("over", "under")
-TIES = ("half", "ordinal")
+TIES = ("half", "ordinal", "strict")
 SHARES = ("all", "nonnegative")
 SCOPES = ("batch", "group")
 

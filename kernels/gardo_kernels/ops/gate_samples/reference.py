@@ -26,39 +26,54 @@ def gate_samples(
     """
     valid = proxy.isfinite() & aux.isfinite().all(0)
     ids = group_ids if scope == "group" else None
-    uncertainty = _uncertainty(proxy, aux, ids, valid, side == "under", ties == "ordinal")
+    gap, unit = _gaps(proxy, aux, ids, valid, side == "under", ties)
+    uncertainty = gap.to(torch.float64) / unit.to(torch.float64)
     eligible = valid if share_of == "all" else valid & (uncertainty >= 0)
     share = fraction if fraction_tensor is None else fraction_tensor.to(torch.float64)
     if share_of == "all" and ids is not None:
         threshold = torch.where(valid, _group_quantile(uncertainty, ids, eligible, 1 - share), 0.0)
     else:
         threshold = _quantile(uncertainty, eligible, 1 - share)
-    mean = proxy.new_zeros(())
-    if share_of != "all":  # that of all is 0: ranks of every reward have the same mean
-        kept = torch.where(eligible, uncertainty, 0.0)
-        mean = kept.sum() / eligible.sum().clamp(min=1)
+    total = proxy.new_zeros(())
+    if share_of != "all":
+        total = torch.where(eligible, uncertainty, 0.0).sum()
+    elif ties == "strict":  # else 0: ranks of every reward have the same mean
+        total = _total(gap, unit, ids)
+    mean = total / eligible.sum().clamp(min=1)
     return uncertainty, valid & (uncertainty > threshold), threshold, mean
 
 
-def _uncertainty(
-    proxy: Tensor, aux: Tensor, ids: Tensor | None, valid: Tensor, under: bool, ordinal: bool
-) -> Tensor:
-    """Win rate, or rank, by the proxy minus the mean over the auxiliaries."""
-    num_aux = aux.shape[0]
+def _gaps(
+    proxy: Tensor, aux: Tensor, ids: Tensor | None, valid: Tensor, under: bool, ties: str
+) -> tuple[Tensor, Tensor]:
+    """Win rate, or rank, by the proxy minus the mean over the auxiliaries: int64 over int64.
+
+    In integers up to the division: agreement is exactly 0 and equal gaps compare equal.
+    """
+    num_aux, one = aux.shape[0], torch.ones_like(proxy, dtype=torch.int64)
     if num_aux == 0:
-        return torch.zeros_like(proxy)
+        return torch.zeros_like(one), one
     rewards = torch.cat([proxy[None], aux]).masked_fill(~valid, torch.nan)
     if under:
         rewards = -rewards
-    if ordinal:
-        score, unit = _ranks(rewards, ids), torch.ones_like(proxy, dtype=torch.int64)
+    if ties == "ordinal":
+        score, unit = _ranks(rewards, ids), one
     else:
-        score, count = doubled_wins(rewards, ids)
-        unit = (2 * (count[0] - 1)).clamp(min=1)
-    # In integers up to the division: agreement is exactly 0 and equal gaps compare equal.
+        tie = int(ties == "half")
+        score, count = doubled_wins(rewards, ids, tie)
+        unit = (2 * (count[0] - tie)).clamp(min=1)
     gap = num_aux * score[0] - score[1:].sum(0)
-    uncertainty = gap.to(torch.float64) / (num_aux * unit).to(torch.float64)
-    return torch.where(valid, uncertainty, 0.0)
+    return torch.where(valid, gap, 0), num_aux * unit
+
+
+def _total(gap: Tensor, unit: Tensor, ids: Tensor | None) -> Tensor:
+    """Sum of ``gap / unit``, of integers within a scope, lest rounding pass for a trend."""
+    if ids is None:
+        return gap.sum().to(torch.float64) / unit.amax() if gap.numel() else gap.sum().double()
+    groups = group(ids)
+    # all members of a group have its unit, and its first one stands for it
+    sums = groups.sum(gap.to(torch.float64)) / unit
+    return (sums / groups.sum(torch.ones_like(sums))).sum()
 
 
 def _ranks(rewards: Tensor, ids: Tensor | None) -> Tensor:

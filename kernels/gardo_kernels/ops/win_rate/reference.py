@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 
-def doubled_wins(rewards: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def doubled_wins(rewards: Tensor, ids: Tensor | None, tie: int = 1) -> tuple[Tensor, Tensor]:
     """Twice the wins of each sample, and the number of samples it was compared within.
 
-    ``rewards`` is ``[K, N]`` float64, ``ids`` ``[N]`` (None: one group). A win counts 2, a tie 1,
-    so the result is an exact integer; NaN takes no part (its own entry is meaningless). Both
-    results are int64 ``[K, N]``.
+    ``rewards`` is ``[K, N]`` float64, ``ids`` ``[N]`` (None: one group). A win counts 2, a tie
+    ``tie``, so the result is an exact integer; NaN takes no part (its own entry is meaningless).
+    Both results are int64 ``[K, N]``.
     """
     # Sorting by value and then, stably, by group leaves NaN at the end of each group.
     values, order = torch.sort(rewards, dim=-1, stable=True)
@@ -28,7 +28,7 @@ def doubled_wins(rewards: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     before = torch.nn.functional.pad(missing, (1, 0))
     count = group_end - group_start
     count = count - (before.gather(-1, group_end) - before.gather(-1, group_start))
-    wins = 2 * (run_start - group_start) + (run_end - run_start - 1)
+    wins = 2 * (run_start - group_start) + tie * (run_end - run_start - 1)
     return _unsort(wins, order), _unsort(count, order)
 
 
