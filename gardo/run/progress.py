@@ -152,10 +152,9 @@ class EpochProgress:
     def finish_epoch(self, epoch: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Close an epoch (counted from 0): advance the bar, or print the epoch's line.
 
-        Reads ``reward/<proxy>/mean``, ``gate/share``, ``kl`` and ``images_per_second``; what is
-        missing is not shown. Returns the metrics with ``time/<stage>`` and ``time/epoch`` added
-        and starts the next epoch's times: stages run before the first epoch belong to it unless
-        ``timer.reset()`` is called in between.
+        What it shows of the metrics: `format_summary`. Returns them with ``time/<stage>`` and
+        ``time/epoch`` added and starts the next epoch's times: stages run before the first epoch
+        belong to it unless ``timer.reset()`` is called in between.
         """
         times = self.timer.metrics()
         self.timer.reset()
@@ -207,6 +206,8 @@ def format_summary(metrics: Mapping[str, Any], proxy: str) -> str:
         (f"reward/{proxy}/mean", "reward {:.3f}"),
         ("gate/share", "gate {:.1%}"),
         ("kl", "kl {:.1e}"),
+        ("kl/gradient_share", "share {:.2f}"),
+        ("cap/share", "cap {:.0%}"),
         ("images_per_second", "{:.1f} img/s"),
     ]
     return "  ".join(

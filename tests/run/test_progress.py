@@ -2,7 +2,14 @@ import io
 
 import pytest
 
-from gardo.run.progress import STAGES, EpochProgress, StageTimer, format_seconds, format_times
+from gardo.run.progress import (
+    STAGES,
+    EpochProgress,
+    StageTimer,
+    format_seconds,
+    format_summary,
+    format_times,
+)
 
 
 class Clock:
@@ -119,6 +126,15 @@ def test_without_a_terminal_each_epoch_is_one_line():
         f"epoch 2/3  {main}  ETA 1:10",
         f"epoch 3/3  {main}  ETA 0:00",
     ]
+
+
+def test_figures_that_a_run_may_have_are_on_the_line():
+    row = {**METRICS, "kl/gradient_share": 0.2961, "cap/share": 0.1406}
+    assert format_summary(row, "count") == (
+        "reward 0.613  gate 7.8%  kl 1.3e-04  share 0.30  cap 14%  41.3 img/s"
+    )
+    row |= {"kl/gradient_share": None, "cap/share": 0.0}
+    assert format_summary(row, "count").endswith("kl 1.3e-04  cap 0%  41.3 img/s")
 
 
 def test_metrics_come_back_with_times_of_their_own_epoch():

@@ -131,9 +131,11 @@ def test_every_curve_is_there(html):
         "count (proxy)", "shape (auxiliary)", "cleanliness (auxiliary)", "strict", "artefact",
         "diversity/pairwise", "Gate share", "Uncertainty", "KL to the reference", "Diversity",
         "Policy loss", "Gradient norm", "Ratio deviation", "Clip fraction", "Images per second",
+        "KL&#39;s gradient share", "KL coefficient", "Cap share", "Cap allowance", "Advantages",
+        "Reward scale",
     ):  # fmt: skip
         assert f"<h3>{title}</h3>" in html
-    assert html.count('<svg role="img"') == 15
+    assert html.count('<svg role="img"') == 21
     assert "#fe0" not in html  # every placeholder became a variable of the stylesheet
     assert "<metadata>" not in html
 
@@ -161,6 +163,26 @@ def test_a_drawing_has_one_point_per_epoch_and_a_gap_for_null(tmp_path):
     commands = re.findall(r"[ML]", path)
     assert len(commands) == 19
     assert commands.count("M") == 2  # before and after the gap
+
+
+def test_clipping_by_the_advantages_sign_is_told_apart(run_dir, tmp_path):
+    panels = {p.title: p for _, group in sections([load_run(run_dir)]) for p in group}
+    clip = panels["Clip fraction"]
+    assert clip.legend == [
+        ("all samples", 0, "line"),
+        ("advantage above 0", 1, "dash"),
+        ("advantage below 0", 2, "dots"),
+    ]
+    assert clip.curves[2].series.values == [
+        metrics_row(e)["clip_fraction/negative"] for e in range(24)
+    ]
+    with MetricsWriter(tmp_path / "old" / "metrics.jsonl") as writer:
+        writer.write({"epoch": 0, "clip_fraction": 0.5, "kl": 1e-4})
+    panels = [p for _, group in sections([load_run(tmp_path / "old")]) for p in group]
+    assert [(p.title, len(p.curves), p.legend) for p in panels] == [
+        ("KL to the reference", 1, []),
+        ("Clip fraction", 1, []),
+    ]
 
 
 def test_images_are_embedded_with_their_titles(html, run_dir):

@@ -111,6 +111,19 @@ _GATE = [
         mark_resets=True,
     ),
     _one(
+        "KL's gradient share",
+        "kl/gradient_share",
+        "Norm of the KL's gradient over norm of the policy loss's gradient, on 64 samples at one "
+        "trained step, once per epoch.",
+    ),
+    _one("KL coefficient", "kl/coef", "Weight of the KL penalty."),
+    _one("Cap share", "cap/share", "Samples whose proxy was capped."),
+    _one(
+        "Cap allowance",
+        "cap/tau",
+        "How far the proxy may over-rate a sample before it is capped.",
+    ),
+    _one(
         "Diversity",
         "diversity/nn_distance",
         "Cosine distance to the nearest image of the same prompt.",
@@ -123,13 +136,24 @@ _GATE = [
 ]
 _OPTIMISATION = [
     _one("Policy loss", "loss/policy"),
+    _one("Advantages", "advantage/rms", "Root mean square, after everything."),
+    _one("Reward scale", "reward_scale", "What centred rewards are divided by."),
     _one("Gradient norm", "grad_norm", "Before clipping."),
     _one(
         "Ratio deviation",
         "ratio/max_abs_dev",
         "Largest |ratio - 1| of the first update; 0 when sampling and training agree.",
     ),
-    _one("Clip fraction", "clip_fraction", "Ratios outside the clip range."),
+    _Spec(
+        "Clip fraction",
+        (
+            ("clip_fraction", "all samples", "line", False),
+            ("clip_fraction/positive", "advantage above 0", "dash", False),
+            ("clip_fraction/negative", "advantage below 0", "dots", False),
+        ),
+        "Share of the samples whose ratio is outside the clip range: of all, and of those with a "
+        "positive and a negative advantage.",
+    ),
     _one("Images per second", "images_per_second"),
 ]
 

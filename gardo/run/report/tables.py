@@ -203,6 +203,8 @@ def comparison(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, list[tupl
         for k in (
             "gate/share",
             "kl",
+            "kl/gradient_share",
+            "cap/share",
             "diversity/nn_distance",
             "ratio/max_abs_dev",
             "images_per_second",
