@@ -31,10 +31,9 @@ _WINDOW = 5
 class KLStrength:
     """The weight of the KL penalty: a fixed one, or one that holds its gradient's share.
 
-    For a share it is ``target / (geometric mean of the ratios of the last epochs)``, where a ratio
-    is the norm of the KL's gradient at weight 1 over that of the policy's. An epoch without one
-    (the policy is the reference, or no sample is gated) changes nothing; before the first ratio the
-    weight is 0.
+    For a share it is ``target / (mean ratio of the last epochs)``, where a ratio is the norm of the
+    KL's gradient at weight 1 over that of the policy's. It is 0 where the policy is the reference
+    or no sample is gated; until one is above 0, so is the weight.
 
     Attributes:
         coefficient: the weight.
@@ -54,15 +53,15 @@ class KLStrength:
         """
         ratio = kl / policy if policy > 0 else math.nan
         if self.target is not None:
-            if math.isfinite(ratio) and ratio > 0:
+            if math.isfinite(ratio):
                 self._ratios.append(ratio)
             self._set()
         metrics = {"kl/gradient_share": self.coefficient * ratio}
         return metrics if self.target is None else {**metrics, "kl/coef": self.coefficient}
 
     def _set(self) -> None:
-        if self.target is not None and self._ratios:
-            mean = math.exp(sum(map(math.log, self._ratios)) / len(self._ratios))
+        mean = sum(self._ratios) / max(len(self._ratios), 1)
+        if self.target is not None and mean > 0:
             self.coefficient = self.target / mean
 
     def state_dict(self) -> dict[str, Any]:
