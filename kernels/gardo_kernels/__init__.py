@@ -7,6 +7,7 @@ available (``backend=None``) or on the one named. Needs torch alone.
 from gardo_kernels.adaptive import AdaptiveFraction
 from gardo_kernels.backends import BackendUnavailable
 from gardo_kernels.host_memory import empty_cache
+from gardo_kernels.ops.cap_rewards import cap_rewards
 from gardo_kernels.ops.gate_samples import GatedSamples, gate_samples
 from gardo_kernels.ops.group_advantages import group_advantages
 from gardo_kernels.ops.grpo_loss import GRPOLoss, grpo_loss
@@ -34,6 +35,7 @@ __all__ = [
     "SDEStep",
     "ShapedRewards",
     "__version__",
+    "cap_rewards",
     "empty_cache",
     "gate_samples",
     "group_advantages",
