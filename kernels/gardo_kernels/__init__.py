@@ -5,6 +5,7 @@ available (``backend=None``) or on the one named. Needs torch alone.
 """
 
 from gardo_kernels.adaptive import AdaptiveFraction
+from gardo_kernels.anchor import Anchor
 from gardo_kernels.backends import BackendUnavailable
 from gardo_kernels.host_memory import empty_cache
 from gardo_kernels.ops.cap_rewards import cap_rewards
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveFraction",
+    "Anchor",
     "BackendUnavailable",
     "GRPOLoss",
     "GatedSamples",
