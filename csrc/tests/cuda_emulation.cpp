@@ -1,9 +1,11 @@
 // Runs the CUDA kernels on the CPU (see cuda_shim/) and compares them with the CPU kernels, which
 // the Python tests compare with the float64 reference.
+#include "../cuda/cap_rewards.cu"
 #include "../cuda/gate_samples.cu"
 #include "../cuda/group_advantages.cu"
 #include "../cuda/win_rate.cu"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -200,6 +202,42 @@ int compare_win_rates(std::int64_t n, std::int64_t num_rewards, Kernel kernel) {
   return failures;
 }
 
+int compare_caps(std::int64_t n, std::int64_t num_aux, std::int64_t pool_size) {
+  const Case c = random_case(n, num_aux, 1, static_cast<unsigned>(n));
+  const Case drawn = random_case(pool_size, num_aux, 1, 5);
+  std::vector<double> pool(drawn.proxy);
+  pool.insert(pool.end(), drawn.aux.begin(), drawn.aux.end());
+  for (std::int64_t k = 0; k <= num_aux; ++k) {
+    double* const row = pool.data() + k * pool_size;
+    std::replace_if(row, row + pool_size, [](double x) { return std::isnan(x); }, 0.0);
+    std::sort(row, row + pool_size);
+    // the last two are left out, of the smallest pool all
+    for (std::int64_t j = pool_size > 2 ? pool_size - 2 : 0; j < pool_size; ++j) row[j] = HUGE_VAL;
+  }
+  int failures = 0;
+  for (const double tau : {-0.4, 0.0, 0.2, 1.0, std::nan("")}) {
+    std::vector<double> want(n, -7.0), got(n, -7.0);
+    gardo::CapRewardsParams cpu{c.proxy.data(), c.aux.data(), pool.data(), n,          num_aux,
+                                pool_size,      tau,          1,           want.data()};
+    gardo::cap_rewards_cpu(cpu);
+    gardo::CapRewardsCudaParams gpu{cpu, nullptr, nullptr};
+    gpu.common.capped = got.data();
+    if (tau < 0.1) {
+      gpu.common.tau = 9.0;
+      gpu.device_tau = &tau;
+    }
+    gardo::cap_rewards_cuda(gpu);
+    for (std::int64_t i = 0; i < n; ++i) {
+      if (got[i] == want[i] || (std::isnan(got[i]) && std::isnan(want[i]))) continue;
+      ++failures;
+      std::fprintf(stderr, "FAILED: cap %lld of %lld, pool of %lld, tau=%g: %g, expected %g\n",
+                   static_cast<long long>(i), static_cast<long long>(n),
+                   static_cast<long long>(pool_size), tau, got[i], want[i]);
+    }
+  }
+  return failures;
+}
+
 }  // namespace
 
 int main() {
@@ -218,6 +256,9 @@ int main() {
   for (const std::int64_t n : {1, 40, 130}) {
     failures += compare_win_rates(n, 3, Kernel::kOneLaunch);
     failures += compare_win_rates(n, 3, Kernel::kSorted);
+  }
+  for (const std::int64_t n : {0, 1, 300}) {
+    for (const std::int64_t size : {1, 3, 90}) failures += compare_caps(n, 3, size);
   }
   if (failures != 0) return EXIT_FAILURE;
   std::puts("emulated CUDA kernels agree with the CPU kernels");

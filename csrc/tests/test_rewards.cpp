@@ -2,6 +2,7 @@
 #include <limits>
 #include <vector>
 
+#include "cap_rewards.h"
 #include "gate_samples.h"
 #include "group_advantages.h"
 #include "nearest_neighbor.h"
@@ -102,11 +103,11 @@ void test_gate_samples() {
   }
   expect(near(r.threshold[0], 0.0) && near(r.mean, 1.0 / 3), "gate_samples: threshold");
 
-  for (int options = 0; options < 16; ++options) {
+  for (int options = 0; options < 24; ++options) {
     p.side = static_cast<Side>(options & 1);
-    p.ties = static_cast<Ties>(options >> 1 & 1);
-    p.share_of = static_cast<ShareOf>(options >> 2 & 1);
-    p.scope = static_cast<RankScope>(options >> 3 & 1);
+    p.share_of = static_cast<ShareOf>(options >> 1 & 1);
+    p.scope = static_cast<RankScope>(options >> 2 & 1);
+    p.ties = static_cast<Ties>(options / 8);
     gate({}, {}, {}, p);
     gate({1}, {}, {0}, p);
     const Gated none = gate({kNan, kNan}, {0, 1}, {0, 0}, p);
@@ -120,8 +121,14 @@ void test_gate_samples() {
       ids[i] = (i * 7919) % 800;
     }
     double sum = 0.0;
-    for (const double u : gate(proxy, aux, ids, p).uncertainty) sum += u;
-    expect(std::fabs(sum) < 1e-6, "gate_samples: the uncertainties of all samples cancel");
+    const Gated all = gate(proxy, aux, ids, p);
+    for (const double u : all.uncertainty) sum += u;
+    if (p.ties != Ties::kStrict) {
+      expect(std::fabs(sum) < 1e-6, "gate_samples: the uncertainties of all samples cancel");
+    } else if (p.share_of == ShareOf::kAll) {
+      const double valid = 20000 - 207;  // ties in the second auxiliary reward raise U
+      expect(near(all.mean, sum / valid, 1e-9) && sum > 900, "gate_samples: mean of strict wins");
+    }
   }
 }
 
@@ -136,6 +143,38 @@ void test_win_rate() {
     expect(i == 3 ? std::isnan(rate[i]) : near(rate[i], want[i]), "win_rate");
   }
   gardo::win_rate_cpu({rewards.data(), nullptr, 0, 5, 1, nullptr});
+}
+
+void test_cap_rewards() {
+  const double inf = std::numeric_limits<double>::infinity();
+  // A pool of three of four; the auxiliary rewards beat 0, 1.5, 3 of it.
+  const std::vector<double> proxy = {9, 9, 9, 0.5, kNan, 9}, aux = {0, 2, 4, 2, 2, -inf};
+  const std::vector<double> pool = {1, 2, 6, inf, 1, 2, 3, inf};
+  std::vector<double> capped(6);
+  gardo::CapRewardsParams p{proxy.data(), aux.data(), pool.data(), 6, 1, 4, 0.25, 2, capped.data()};
+  gardo::cap_rewards_cpu(p);
+  const double want[] = {1.5, 4, 9, 0.5, kNan, kNan};
+  for (int i = 0; i < 6; ++i) {
+    expect(std::isnan(want[i]) ? std::isnan(capped[i]) : near(capped[i], want[i]), "cap_rewards");
+  }
+  p.tau = -2.0;
+  gardo::cap_rewards_cpu(p);
+  expect(near(capped[2], 1.0) && near(capped[3], 0.5), "cap_rewards: level below 0");
+  p.tau = kNan;
+  gardo::cap_rewards_cpu(p);
+  expect(std::isnan(capped[2]), "cap_rewards: no tau");
+  const std::vector<double> none = {inf, inf, inf, inf};
+  p.tau = 0.25;
+  p.pool = none.data();
+  p.pool_size = 2;
+  gardo::cap_rewards_cpu(p);
+  for (const double value : capped) expect(std::isnan(value), "cap_rewards: no pool");
+  p.num_samples = 0;
+  gardo::cap_rewards_cpu(p);
+  std::vector<double> many(5000, 1.0), own(5000);  // several threads
+  const std::vector<double> one = {-3, 1};
+  gardo::cap_rewards_cpu({many.data(), many.data(), one.data(), 5000, 1, 1, 0.0, 2, own.data()});
+  for (const double value : own) expect(value == -3.0, "cap_rewards: a pool of one");
 }
 
 // Sizes around the tiles, the blocks and the switch to shared-out groups; every dtype.
@@ -187,5 +226,6 @@ void test_rewards() {
   test_group_advantages();
   test_gate_samples();
   test_win_rate();
+  test_cap_rewards();
   test_nearest_neighbor();
 }

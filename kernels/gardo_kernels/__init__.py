@@ -5,8 +5,10 @@ available (``backend=None``) or on the one named. Needs torch alone.
 """
 
 from gardo_kernels.adaptive import AdaptiveFraction
+from gardo_kernels.anchor import Anchor
 from gardo_kernels.backends import BackendUnavailable
 from gardo_kernels.host_memory import empty_cache
+from gardo_kernels.ops.cap_rewards import cap_rewards
 from gardo_kernels.ops.gate_samples import GatedSamples, gate_samples
 from gardo_kernels.ops.group_advantages import group_advantages
 from gardo_kernels.ops.grpo_loss import GRPOLoss, grpo_loss
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveFraction",
+    "Anchor",
     "BackendUnavailable",
     "GRPOLoss",
     "GatedSamples",
@@ -34,6 +37,7 @@ __all__ = [
     "SDEStep",
     "ShapedRewards",
     "__version__",
+    "cap_rewards",
     "empty_cache",
     "gate_samples",
     "group_advantages",

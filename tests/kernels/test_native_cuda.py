@@ -1,4 +1,4 @@
-"""The CUDA advantages, gates and win rates against the reference.
+"""The CUDA advantages, gates, win rates and caps against the reference.
 
 Without a GPU their logic is tested by running the kernels on a CPU: `make asan`
 (csrc/tests/cuda_emulation.cpp).
@@ -81,6 +81,50 @@ def test_win_rate_matches_the_reference(cuda: torch.device, samples: int, groupe
     got = gk.win_rate(rewards, ids if grouped else None, backend="native")
     want = gk.win_rate(rewards, ids if grouped else None, backend="reference")
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("samples", [0, 1, 33, 9216])
+@pytest.mark.parametrize("size", [1, 3, 1152])
+def test_caps_match_the_reference(cuda: torch.device, samples: int, size: int) -> None:
+    proxy, aux, _, _ = case(samples, 2, cuda)
+    pool_proxy, pool_aux, _, _ = case(size, 2, cuda)
+    pool = torch.cat([pool_proxy[None], pool_aux])
+    for tau in (-0.2, 0.0, 0.3, torch.tensor(0.3, device=cuda)):
+        got = gk.cap_rewards(proxy, aux, pool, tau, backend="native")
+        want = gk.cap_rewards(proxy, aux, pool, tau, backend="reference")
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.gpu
+def test_caps_are_captured_in_a_graph(cuda: torch.device) -> None:
+    proxy, aux, _, _ = case(1152, 2, cuda)
+    anchor = gk.Anchor(torch.randn(3, 300, device=cuda).double())
+    percentile = torch.tensor(95.0, device=cuda)
+
+    def judged() -> tuple[Tensor, ...]:
+        share = percentile / 100
+        return (
+            anchor.cap(proxy, aux, percentile),
+            anchor.uncertainty(proxy, aux),
+            anchor.threshold(share),
+        )
+
+    judged()  # loads the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        judged()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = judged()
+    proxy.copy_(proxy.roll(1))
+    percentile.fill_(50.0)
+    graph.replay()
+    for value, expected in zip(captured, judged(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu

@@ -19,7 +19,8 @@ def test_table_of_every_op():
         timeout=120,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    for op in ("sde_step", "sde_log_prob", "grpo_loss", "nft_loss", "win_rate", "gate_samples"):
+    for op in ("sde_step", "sde_log_prob", "grpo_loss", "nft_loss", "win_rate", "gate_samples",
+               "cap_rewards"):  # fmt: skip
         lines = [line for line in result.stdout.splitlines() if line.startswith(f"{op} ")]
         assert any("reference" in line and line.endswith("ok") for line in lines), op
     assert "every available backend is right" in result.stdout
