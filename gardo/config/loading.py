@@ -237,7 +237,7 @@ def _with_switches(data: dict[str, Any], model: type[BaseModel] = Config) -> dic
     """Give a value that stands for a whole section to the key that it sets, in place."""
     for name, value in data.items():
         field = model.model_fields.get(str(name))
-        section = field and _is_section(field.annotation) and field.annotation
+        section: Any = field.annotation if field and _is_section(field.annotation) else None
         if section and isinstance(value, dict):
             _with_switches(value, section)
         elif section and section.switch and not isinstance(value, Mapping):
