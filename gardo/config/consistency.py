@@ -40,8 +40,8 @@ def contradictions(c: Config) -> Iterator[str]:
         )
     if c.algorithm.reward_scale != "none" and c.algorithm.advantage_norm != "none":
         yield (
-            f"algorithm.reward_scale: {c.algorithm.reward_scale} divides rewards that nothing else "
-            f"has divided; expected algorithm.advantage_norm none, got {c.algorithm.advantage_norm}"
+            f"algorithm.reward_scale: {c.algorithm.reward_scale} takes the place of a standard "
+            f"deviation; expected algorithm.advantage_norm none, got {c.algorithm.advantage_norm}"
         )
     if c.algorithm.diversity and c.rewards.features is None:
         yield "algorithm.diversity: needs rewards.features (what distances are measured in)"
@@ -116,7 +116,7 @@ def _of_judges(c: Config) -> Iterator[str]:
                 )
     if gate.anchor == "base" and gate.scope == "group":
         yield (
-            "algorithm.gate.anchor: the base's samples are those of all prompts; expected "
+            "algorithm.gate.anchor: base ranks against the samples of all prompts; expected "
             "algorithm.gate.scope batch, got group"
         )
     if c.rewards.aux or gate.uncertainty == "sigma":
@@ -125,13 +125,13 @@ def _of_judges(c: Config) -> Iterator[str]:
         (
             algorithm.has_kl and gate.mode in ("paper", "official"),
             f"gate.mode: '{gate.mode}'",
-            "; without one use gate.mode all or off",
+            "; without either use gate.mode all or off",
         ),
         (algorithm.cap.mode == "on", "cap: on", ""),
         (algorithm.diversity == "supported", "diversity: supported", ""),
     ):
         if needs:
             yield (
-                f"algorithm.{key} needs at least one auxiliary reward (rewards.aux){instead}, or a "
-                "proxy that reports its uncertainty (algorithm.gate.uncertainty sigma)"
+                f"algorithm.{key} needs at least one auxiliary reward (rewards.aux), or a proxy "
+                f"that reports its uncertainty (algorithm.gate.uncertainty sigma){instead}"
             )

@@ -41,15 +41,15 @@ def _clip_range(value: Any) -> Any:
 
 
 def _kl_coef(value: Any) -> Any:
-    share: Any = value.get("target_share") if isinstance(value, Mapping) else value
-    number = isinstance(share, (int, float)) and not isinstance(share, bool)
-    if not number or not math.isfinite(share) or share < 0:
+    share = value.get("target_share") if isinstance(value, Mapping) else value
+    number = share if isinstance(share, (int, float)) and not isinstance(share, bool) else math.nan
+    if not math.isfinite(number) or number < 0:
         raise ValueError("expected a number from 0 on, or {target_share: NUMBER above 0}")
     if not isinstance(value, Mapping):
-        return float(share)
-    if set(value) != {"target_share"} or share == 0:
+        return float(number)
+    if set(value) != {"target_share"} or number == 0:
         raise ValueError("expected {target_share: NUMBER above 0} and nothing else")
-    return {"target_share": float(share)}
+    return {"target_share": float(number)}
 
 
 def _diversity(value: Any) -> Any:

@@ -34,7 +34,7 @@ def refuse_removed(dotted: str, given: Any, data: dict[str, Any]) -> None:
     if compat in giving:
         advice = f"this is what algorithm.compat {compat} does: leave it out"
     elif giving:
-        advice = f"only algorithm.compat {giving[0]} does that"
+        advice = f"only algorithm.compat {' or '.join(giving)} does that"
     else:
         advice = f"no algorithm.compat does that with the other settings, got {given!r}"
     raise UserError(f"{dotted}: gone; {advice}")

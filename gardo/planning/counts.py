@@ -112,4 +112,5 @@ def expected_gated_share(config: Config) -> float:
         return 0.0
     if algorithm.gate.mode == "all":
         return 1.0
-    return algorithm.gate.fraction * SHARE_OVERRATED
+    of_all = algorithm.gate.share_of == "all" or algorithm.gate.anchor == "base"
+    return algorithm.gate.fraction * (1.0 if of_all else SHARE_OVERRATED)

@@ -443,6 +443,8 @@ def make_former(run, bound=1e-3, ties="auto"):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["sampling"]["max_ratio_deviation"] = bound
     config["health"]["ratio"] = 0.01
+    config["algorithm"]["compat"] = "paper"  # as gardo was called
+    del config["algorithm"]["diversity_scale"]
     config["algorithm"]["kl_when_ungated"] = "none"
     config["algorithm"]["gate"]["ties"] = ties
     config["algorithm"]["reference"]["judged_by"] = "epoch"
@@ -463,7 +465,7 @@ def test_a_run_of_an_earlier_version_goes_on_with_keys_that_are_gone(runner, who
 def test_compat_on_top_of_a_run_of_an_earlier_version_is_another_setting(runner, copy):
     make_former(copy)
     assert runner.run(["--resume", copy, "--algorithm.compat", "official"]) == 2
-    message = "is a run with other settings: algorithm.compat ('paper' there, 'official' asked for)"
+    message = "is a run with other settings: algorithm.compat ('gardo' there, 'official' asked for)"
     assert f"'{copy}' {message}. " in runner.said
 
 

@@ -14,7 +14,6 @@ from gardo.config import (
     to_yaml,
     validate,
 )
-from gardo.config.compat import COMPAT, TOGGLES
 from gardo.types import UserError
 
 # keys that callers outside this repository rely on
@@ -121,7 +120,7 @@ def test_override_values(key, text, value):
         ([("epochs", "true")], "epochs: expected a valid integer, got True"),
         ([("seed", "abc")], "seed: expected a valid integer, got 'abc'"),
         ([("device", "gpu")], "device: expected 'auto', 'cpu' or 'cuda', got 'gpu'"),
-        ([("algorithm.diversity", "1")], "algorithm.diversity: expected a valid boolean, got 1"),
+        ([("algorithm.diversity", "1")], "algorithm.diversity: expected true, false, all (which"),
         ([("algorithm.clip_range", "[1e-4]")], "algorithm.clip_range: expected a positive number"),
         ([("algorithm.clip_range", "-1")], "algorithm.clip_range: expected a positive number"),
         ([("algorithm.gate.mode", "on")], "algorithm.gate.mode: expected 'paper'"),
@@ -172,23 +171,6 @@ def test_unknown_recipe_names_the_nearest():
         load_config("no/such.yaml")
 
 
-def test_official_compat_changes_defaults_but_not_explicit_keys():
-    official = load_config("tiny", overrides=[("algorithm.compat", "official")]).algorithm
-    assert (official.gate.mode, official.kl_scale) == ("official", "official")
-    mixed = load_config(
-        "tiny", overrides=[("algorithm.compat", "official"), ("algorithm.gate.mode", "all")]
-    ).algorithm
-    assert (mixed.gate.mode, mixed.kl_scale) == ("all", "official")
-
-
-def test_every_name_in_the_table_of_compat_is_a_key_or_a_toggle():
-    keys = {name.removeprefix("algorithm.") for name, _ in iter_keys()}
-    assert not keys & set(TOGGLES)
-    for values in COMPAT.values():
-        assert values.keys() <= keys | set(TOGGLES)
-        assert values.keys() >= set(TOGGLES)
-
-
 def test_dump_holds_every_key():
     dumped = yaml.safe_load(to_yaml(load_config("tiny")))
     for dotted, _ in iter_keys():
@@ -197,17 +179,3 @@ def test_dump_holds_every_key():
             node = node[part]
     assert validate(dumped) == load_config("tiny")
     assert isinstance(validate(dumped), Config)
-
-
-@pytest.mark.parametrize(
-    ("compat", "mode", "ties"),
-    [
-        ("paper", "paper", "half"),
-        ("paper", "official", "ordinal"),
-        ("official", "paper", "ordinal"),
-        ("official", "official", "ordinal"),
-    ],
-)
-def test_ties_follow_compat_and_the_mode_of_the_gate(compat, mode, ties):
-    pairs = [("algorithm.compat", compat), ("algorithm.gate.mode", mode)]
-    assert load_config("tiny", overrides=pairs).algorithm.gate_ties == ties

@@ -6,6 +6,7 @@ import pytest
 
 from gardo.algorithms.registry import ALGORITHMS
 from gardo.config import load_config, recipe_description, recipe_names, to_yaml
+from gardo.config.compat import COMPAT, TOGGLES
 from gardo.families import FAMILIES
 from gardo.planning.counts import count_epoch
 from gardo.rewards.registry import feature_names, reward_names
@@ -15,8 +16,9 @@ TASKS = ("geneval", "ocr", "pickscore")
 SIZES = (24, 48, 80)
 SD3 = [f"sd35-medium-{task}" for task in TASKS]
 SINGLE = [f"{name}-1gpu-{size}gb" for name in SD3 for size in SIZES]
-FLUX = ["flux1-dev-hps", "flux1-dev-pickscore"]
-FULL_SIZE = [*SD3, *SINGLE, "sd35-large-geneval", *FLUX]
+PAPER = ["sd35-medium-geneval-paper", "sd35-medium-ocr-paper", "flux1-dev-hps-paper"]
+FLUX = ["flux1-dev-hps", "flux1-dev-pickscore", "flux1-dev-hps-paper"]
+FULL_SIZE = [*SD3, *SINGLE, "sd35-large-geneval", *FLUX, *PAPER[:2]]
 
 # the settings of the published configurations (arXiv 2512.24138 and its code)
 COMMON = {
@@ -86,6 +88,15 @@ OWN = {
     "flux1-dev-hps": {"rewards.proxy": "hpsv2"},
     "flux1-dev-pickscore": {"rewards.proxy": "pickscore"},
 }
+# where the paper and the configurations published with its code differ
+AS_THE_PAPER_HAS_IT = {
+    "sampling.batch_size": 6,
+    "train.batch_size": 6,
+    "algorithm.compat": "paper",
+    "algorithm.kl_coef": 0.04,
+    **{dotted: of for dotted, of in COMPAT["paper"].items() if dotted not in TOGGLES},
+    "sampling.same_latent": True,
+}
 
 
 def value(config, dotted):
@@ -95,9 +106,10 @@ def value(config, dotted):
 
 
 def expected_values(name):
-    parent = name.split("-1gpu")[0]
+    parent = name.split("-1gpu")[0].removesuffix("-paper")
     family = DEV if name in FLUX else {} if "large" in name else MEDIUM
-    return {**COMMON, **family, **OWN.get(parent, {})}
+    paper = AS_THE_PAPER_HAS_IT if name in PAPER else {}
+    return {**COMMON, **family, **OWN.get(parent, {}), **paper}
 
 
 def test_all_recipes_of_the_plan_exist():
@@ -110,6 +122,15 @@ def test_official_values(name):
     expected = expected_values(name)
     assert {dotted: value(config, dotted) for dotted in expected} == expected
     assert config.output_dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_recipe_of_the_paper_differs_from_the_published_one_in_the_papers_values_alone(name):
+    paper = flat(load_config(name).model_dump())
+    official = flat(load_config(name.removesuffix("-paper")).model_dump())
+    different = {dotted for dotted in paper if paper[dotted] != official[dotted]}
+    free = {"recipe", "output_dir", "epochs", "model.gradient_checkpointing"}
+    assert different <= {*free, *AS_THE_PAPER_HAS_IT}
 
 
 @pytest.mark.parametrize("name", SD3)

@@ -10,9 +10,11 @@ from gardo.config.compat import compat_value
 from gardo.types import UserError
 
 BOUND = "sampling.max_ratio_deviation"
+# keys that came with the third value of algorithm.compat
+NEW = ("diversity_scale", "reward_scale", "cap")
+NEW_OF_SECTIONS = {"gate": ("adaptation", "anchor", "uncertainty"), "reference": ("reset_steps",)}
 
-
-PAPER = {
+OURS = {
     "algorithm.kl_when_ungated": "none",
     "algorithm.gate.ties": "auto",
     "algorithm.reference.judged_by": "epoch",
@@ -27,7 +29,13 @@ OFFICIAL = {
 def former(overrides=(), **values):
     """A complete configuration as earlier versions wrote it, with dotted ``values``."""
     data = yaml.safe_load(to_yaml(load_config("tiny", overrides=overrides)))
-    for dotted, value in {BOUND: 1e-3, "health.ratio": 0.01, **PAPER, **values}.items():
+    algorithm = data["algorithm"]
+    for section, names in (("", NEW), *NEW_OF_SECTIONS.items()):
+        for name in names:
+            del (algorithm[section] if section else algorithm)[name]
+    if algorithm["compat"] == "gardo":
+        algorithm["compat"] = "paper"
+    for dotted, value in {BOUND: 1e-3, "health.ratio": 0.01, **OURS, **values}.items():
         *sections, name = dotted.split(".")
         area = data
         for part in sections:
@@ -98,6 +106,7 @@ def test_a_wrong_bound_of_a_file_is_named(file, ratio):
 
 
 COMPAT = ("algorithm.compat", "official")
+PAPER = ("algorithm.compat", "paper")
 NFT = [("algorithm.name", "nft"), ("sampling.same_latent", "false")]
 MODE = ("algorithm.gate.mode", "official")
 
@@ -121,16 +130,19 @@ def test_toggles_of_a_file_that_say_what_compat_says_are_dropped(file, overrides
         assert same == load_config(str(path)) == expected
 
 
-ONLY_OFFICIAL, ONLY_PAPER = (f"only algorithm.compat {c} does that" for c in ("official", "paper"))
+ONLY_OFFICIAL, ONLY_OURS, NOT_OURS, NOT_OFFICIAL = (
+    f"only algorithm.compat {compats} does that"
+    for compats in ("official", "gardo", "paper or official", "paper or gardo")
+)
 NONE = "no algorithm.compat does that with the other settings, got"
 DEVIATIONS = [
     ([], ("kl_when_ungated", "all"), f"{NONE} 'all'"),
     ([], ("gate.ties", "ordinal"), ONLY_OFFICIAL),
-    ([], ("reference.judged_by", "update"), ONLY_OFFICIAL),
+    ([], ("reference.judged_by", "update"), NOT_OURS),
     ([MODE], ("gate.ties", "half"), f"{NONE} 'half'"),
-    ([COMPAT, ("algorithm.gate.mode", "paper")], ("gate.ties", "half"), ONLY_PAPER),
-    ([COMPAT], ("reference.judged_by", "epoch"), ONLY_PAPER),
-    ([COMPAT, *NFT], ("kl_when_ungated", "none"), ONLY_PAPER),
+    ([COMPAT, ("algorithm.gate.mode", "paper")], ("gate.ties", "half"), ONLY_OURS),
+    ([COMPAT], ("reference.judged_by", "epoch"), ONLY_OURS),
+    ([COMPAT, *NFT], ("kl_when_ungated", "none"), NOT_OFFICIAL),
     (NFT, ("kl_when_ungated", "all"), ONLY_OFFICIAL),
 ]
 
@@ -138,7 +150,7 @@ DEVIATIONS = [
 @pytest.mark.parametrize(("overrides", "toggle", "advice"), DEVIATIONS)
 def test_toggles_that_deviate_are_refused_in_files_and_typed(file, overrides, toggle, advice):
     key, value = f"algorithm.{toggle[0]}", toggle[1]
-    implied = OFFICIAL if COMPAT in overrides else PAPER
+    implied = OFFICIAL if COMPAT in overrides else OURS
     if COMPAT in overrides and NFT[0] in overrides:
         implied = {**OFFICIAL, "algorithm.kl_when_ungated": "all"}
     path = file(former(overrides, **{**implied, key: value}))
@@ -155,9 +167,11 @@ def test_toggles_that_deviate_are_refused_in_files_and_typed(file, overrides, to
 @pytest.mark.parametrize(
     ("overrides", "key", "value", "compat"),
     [
-        ([], "algorithm.gate.ties", "half", "paper"),
-        ([], "algorithm.gate.ties", "auto", "paper"),
-        ([], "algorithm.kl_when_ungated", "none", "paper"),
+        ([], "algorithm.gate.ties", "half", "gardo"),
+        ([], "algorithm.gate.ties", "auto", "gardo"),
+        ([], "algorithm.kl_when_ungated", "none", "gardo"),
+        ([PAPER], "algorithm.gate.ties", "strict", "paper"),
+        ([PAPER], "algorithm.reference.judged_by", "update", "paper"),
         ([COMPAT], "algorithm.gate.ties", "ordinal", "official"),
         ([COMPAT], "algorithm.reference.judged_by", "update", "official"),
     ],
@@ -177,7 +191,7 @@ def test_a_removed_key_written_with_its_dots_is_not_unknown(file):
 
 
 def test_a_wrong_compat_is_what_is_named(file):
-    message = r"^algorithm.compat: expected 'paper' or 'official'"
+    message = r"^algorithm.compat: expected 'paper', 'official' or 'gardo'"
     with pytest.raises(UserError, match=message):
         load_config(str(file(former(**{"algorithm.compat": "oficial"}))))
     typed = [("algorithm.compat", "oficial"), ("algorithm.gate.ties", "half")]
@@ -196,7 +210,7 @@ def test_toggles_of_a_file_are_judged_by_the_file_and_what_it_builds_on(file, tm
     derived.write_text("base: official.yaml\nalgorithm: {reference: {judged_by: update}}")
     assert load_config(str(derived)).algorithm == load_config(str(official)).algorithm
     derived.write_text("base: official.yaml\nalgorithm: {reference: {judged_by: epoch}}")
-    with pytest.raises(UserError, match=f"judged_by: gone; {ONLY_PAPER}"):
+    with pytest.raises(UserError, match=f"judged_by: gone; {ONLY_OURS}"):
         load_config(str(derived))
 
 
@@ -214,6 +228,28 @@ def test_an_evaluation_does_not_depend_on_how_the_kl_was_reduced(file):
     assert load_config(str(path), to_evaluate=True) == load_config("tiny")
 
 
-def test_an_algorithm_without_published_code_has_the_papers_values():
-    assert compat_value("kl_when_ungated", "official", "nft") == "all"
-    assert compat_value("kl_when_ungated", "official", "an algorithm of one's own") == "none"
+def test_an_algorithm_without_published_code_has_our_own_values():
+    key = "algorithm.kl_when_ungated"
+    assert compat_value(key, "official", "nft") == "all"
+    assert compat_value(key, "official", "an algorithm of one's own") == "none"
+    assert compat_value("sampling.same_latent", "paper", "an algorithm of one's own") is False
+
+
+def test_paper_in_a_file_of_an_earlier_version_is_what_is_now_gardo(file):
+    path = file(former())
+    assert yaml.safe_load(path.read_text())["algorithm"]["compat"] == "paper"
+    for config in (load_config(str(path)), load_config("tiny-nft", [path])):
+        assert config.algorithm == load_config("tiny").algorithm
+        assert config.algorithm.compat == "gardo"
+    official = load_config("tiny", overrides=[COMPAT])
+    assert load_config(str(file(former([COMPAT], **OFFICIAL)))) == official
+
+
+def test_paper_in_a_file_of_this_version_or_a_users_is_the_paper(file):
+    for data in (
+        {"base": "tiny", "algorithm": {"compat": "paper"}},
+        yaml.safe_load(to_yaml(load_config("tiny", overrides=[PAPER]))),
+    ):
+        config = load_config(str(file(data)))
+        assert config.algorithm == load_config("tiny", overrides=[PAPER]).algorithm
+        assert config.algorithm.gate_ties == "strict"

@@ -72,7 +72,7 @@ def test_list_and_print_config():
         (["--sampling.max_ratio_deviation", "1e-3"], "renamed to health.ratio"),
         (
             ["--algorithm.gate.ties", "half"],
-            "algorithm.gate.ties: gone; this is what algorithm.compat paper does: leave it out",
+            "algorithm.gate.ties: gone; this is what algorithm.compat gardo does: leave it out",
         ),
         (["--algorithm.gate.ties", "ordinal"], "gone; only algorithm.compat official does that"),
         (["--sampling.cuda_graph", "on"], "sampling.cuda_graph"),

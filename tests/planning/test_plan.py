@@ -201,6 +201,8 @@ def test_padding_is_counted():
     ("overrides", "share"),
     [
         ([], 0.05),  # a tenth of the half with U >= 0
+        ([("algorithm.gate.share_of", "all")], 0.1),
+        ([("algorithm.gate.anchor", "base")], 0.1),  # at first, of what the base drew
         ([("algorithm.gate.mode", "all")], 1.0),
         ([("algorithm.gate.mode", "off")], 0.0),
         ([("algorithm.kl_coef", "0")], 0.0),

@@ -29,7 +29,7 @@ CONFIG = {
         "clip_range": 1e-4,
         "advantage_norm": "none",
         "diversity": True,
-        "compat": "paper",
+        "compat": "gardo",
         "gate": {"mode": "paper", "fraction": 0.1, "adaptive": True},
         "reference": {"kl_threshold": 3e-4, "reset_every": 10},
     },
