@@ -52,6 +52,8 @@ def model_card(config: Config, family: str, evaluations: Sequence[Mapping[str, A
     ]
     average = "exponential moving average" if config.train.ema else "last weights"
     algorithm = config.algorithm
+    target = algorithm.kl_target
+    weight = f"kl_coef {algorithm.kl_coef}" if target is None else f"KL's gradient share {target:g}"
     proxies = config.rewards.proxy_weights
     body = [
         f"# {config.recipe}: {base} fine-tuned with GARDO",
@@ -59,7 +61,7 @@ def model_card(config: Config, family: str, evaluations: Sequence[Mapping[str, A
         f"Starting from `{base}`, {weights}, trained by online RL on "
         f"{' + '.join(f'`{name}`' for name in proxies)} for {config.epochs} epochs of "
         f"{config.prompts.per_epoch} x {config.prompts.group_size} images "
-        f"({algorithm.name}, kl_coef {algorithm.kl_coef}, gate {algorithm.gate.mode}). "
+        f"({algorithm.name}, {weight}, gate {algorithm.gate.mode}). "
         f"The weights are the {average}.",
         "",
         "## Use",

@@ -65,11 +65,18 @@ def _date(value: Any) -> str:
 SWITCHES = {
     "algorithm.name": "algorithm",
     "algorithm.kl_coef": "KL coefficient",
+    "algorithm.kl_coef.target_share": "KL's share of the gradient",
     "algorithm.gate.mode": "gate",
     "algorithm.gate.fraction": "gate fraction",
     "algorithm.gate.adaptive": "adaptive fraction",
     "algorithm.reference.kl_threshold": "reference reset at KL",
     "algorithm.reference.reset_every": "reference reset every",
+    "algorithm.reference.reset_steps": "reference reset after steps",
+    "algorithm.gate.anchor": "ranked against",
+    "algorithm.gate.uncertainty": "judged by",
+    "algorithm.cap.mode": "cap on the proxy",
+    "algorithm.cap.percentile": "percentile of the cap",
+    "algorithm.reward_scale": "reward scale",
     "algorithm.diversity": "diversity factor",
     "algorithm.advantage_norm": "advantage norm",
     "algorithm.clip_range": "clip range",
@@ -85,7 +92,11 @@ SWITCHES = {
 }
 
 
-_NEVER_AT_ZERO = {"algorithm.reference.kl_threshold", "algorithm.reference.reset_every"}
+_NEVER_AT_ZERO = {
+    "algorithm.reference.kl_threshold",
+    "algorithm.reference.reset_every",
+    "algorithm.reference.reset_steps",
+}
 
 
 def switches(run: Run) -> list[tuple[str, str]]:
@@ -111,7 +122,8 @@ def method(run: Run) -> str:
         return ""
     name = str(setting["name"])
     words = [{"grpo": "GRPO", "nft": "DiffusionNFT"}.get(name, name)]
-    mode, coefficient = setting.get("gate.mode"), setting.get("kl_coef")
+    mode = setting.get("gate.mode")
+    coefficient = setting.get("kl_coef", setting.get("kl_coef.target_share"))
     if coefficient == 0 or mode == "off":
         words.append("no KL penalty")
     elif mode is not None and coefficient is not None:
@@ -122,8 +134,10 @@ def method(run: Run) -> str:
             if mode == "paper"
             else f"gated KL ({mode})"
         )
-        if setting.get("reference.kl_threshold") or setting.get("reference.reset_every"):
+        if any(setting.get(key.removeprefix("algorithm.")) for key in _NEVER_AT_ZERO):
             words.append("adaptive reference")
+    if setting.get("cap.mode") == "on":
+        words.append("capped proxy")
     if setting.get("diversity"):
         words.append("diversity-aware advantage")
     if setting.get("advantage_norm") not in (None, "none"):
