@@ -197,7 +197,8 @@ class Trainer:
         with stage("update"), self.checkpoints.updates():
             if self.algorithm.traits.ratios:
                 self.parity(rollout, data.steps, self.progress.write)
-            strength = measure_strength(self.algorithm, data, epoch)
+            moved = self.adaptive_reference.steps_since_reset > 0
+            strength = measure_strength(self.algorithm, data, epoch, moved)
             stats = UpdateStats(config.algorithm.reset_judged_by)
             updates = config.train.updates_per_epoch
             for index in range(updates):

@@ -152,6 +152,8 @@ class Run:
             float(torch.nn.utils.get_total_norm(torch.autograd.grad(out.loss, parameters)))
             for out in losses
         ]
+        if self.adaptive_reference.steps_since_reset == 0:
+            norms[1] = 0.0  # the policy is the reference but for rounding
         figures = self.strength.observe(*norms)
         return {name.removeprefix("kl/"): value for name, value in figures.items()}
 

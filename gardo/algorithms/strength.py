@@ -33,7 +33,7 @@ class KLStrength:
 
     For a share it is ``target / (mean ratio of the last epochs)``, where a ratio is the norm of the
     KL's gradient at weight 1 over that of the policy's. It is 0 where the policy is the reference
-    or no sample is gated; until one is above 0, so is the weight.
+    or no sample is gated; until one is above 0, the weight is 0.
 
     Attributes:
         coefficient: the weight.
@@ -74,11 +74,17 @@ class KLStrength:
         self._set()
 
 
-def measure_strength(algorithm: Algorithm[Data], data: Data, epoch: int) -> dict[str, float]:
+def measure_strength(
+    algorithm: Algorithm[Data], data: Data, epoch: int, moved: bool
+) -> dict[str, float]:
     """Measure an epoch's gradients before its updates, and set the weight of their KL.
 
     At one trained step, another one each epoch. What is measured depends neither on the batch size
     nor on the number of processes, which all call this.
+
+    Args:
+        moved: whether the policy has made a step since it last was the reference. Where it has not,
+            their velocities differ by rounding alone, which would set a huge weight.
 
     Returns:
         metrics; none without a KL penalty. ``forwards/probe`` counts transformer rows.
@@ -86,11 +92,12 @@ def measure_strength(algorithm: Algorithm[Data], data: Data, epoch: int) -> dict
     if not algorithm.algorithm.has_kl:
         return {}
     k, rows_before = epoch % len(data.steps), algorithm.sampler.model.rows
-    norms = torch.stack([_policy_norm(algorithm, data, k), _kl_norm(algorithm, data, k)])
-    policy, kl = norms.tolist()
+    policy = _policy_norm(algorithm, data, k)
+    kl = _kl_norm(algorithm, data, k) if moved else torch.zeros_like(policy)
+    norms = torch.stack([policy, kl]).tolist()
     probed = algorithm.sampler.model.rows - rows_before
     algorithm.sampler.model.rows = rows_before
-    return {**algorithm.strength.observe(policy, kl), "forwards/probe": probed}
+    return {**algorithm.strength.observe(*norms), "forwards/probe": probed}
 
 
 def _policy_norm(algorithm: Algorithm[Data], data: Data, k: int) -> Tensor:
