@@ -17,18 +17,20 @@ SETTINGS = {
     "epochs": 3,
     "prompts.group_size": 9,
     "model.lora.rank": 4,
+    "sampling.batch_size": 9,
     "train.ema": "false",
     "train.batch_size": 4,
     "evaluation.every": 0,
     "evaluation.max_prompts": 1,
     "evaluation.grid_images": 0,
-    "checkpoint.every": 3,
+    "checkpoint.every": 0,
+    "algorithm.reference.reset_steps": 5,
 }
 
 
 def cases(folder, **changes):
     return [
-        {"folder": str(folder / name), "settings": {**SETTINGS, **keys, **changes}}
+        {"folder": str(folder / name), "settings": {**keys, **SETTINGS, **changes}}
         for name, keys in ALGORITHMS.items()
     ]
 
@@ -70,13 +72,8 @@ def test_the_run_measures_and_holds_the_share(alone):
         assert all(row["cap/share"] > 0 for row in (first, *others))
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_agree(alone, tmp_path, processes):
-    launch(tmp_path, cases(tmp_path), processes=processes, fsdp=False)
-    assert_same_run(tmp_path, alone)
-
-
-def test_batch_sizes_agree(alone, tmp_path):
-    for case in cases(tmp_path, **{"train.batch_size": 7}):
-        run(case)
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 2), (3, 7)])
+def test_processes_and_batch_sizes_agree(alone, tmp_path, processes, batch_size):
+    changed = cases(tmp_path, **{"train.batch_size": batch_size})
+    launch(tmp_path, changed, processes=processes, fsdp=False)
     assert_same_run(tmp_path, alone)
