@@ -25,8 +25,6 @@ CASES = {
     "nft": NFT,
 }
 STATIC = {
-    "train.batch_size": 5,
-    "train.timestep_selection": "random",
     "algorithm.gate.share_of": "all",
     "algorithm.gate.adaptive": "false",
     "algorithm.gate.fraction": 0.4,
@@ -81,7 +79,7 @@ def share(algorithm, data, k):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_share_is_that_of_the_gradients_and_nothing_else_changes(tmp_path, monkeypatch, name):
-    expected, forwards = [], []
+    expected = []
 
     def checked(algorithm, data, epoch, moved):
         before = algorithm.sampler.model.rows
@@ -91,10 +89,10 @@ def test_the_share_is_that_of_the_gradients_and_nothing_else_changes(tmp_path, m
         found = measure_strength(algorithm, data, epoch, moved)
         assert algorithm.sampler.model.rows == before
         assert all(p.grad is None for p in algorithm.parameters)
-        forwards.append(data.reference_rows)
         return found
 
-    settings = {**STATIC, **CASES[name]}
+    steps = {"sampling.num_steps": 3, "train.timestep_fraction": 0.7}  # of which 2 are trained
+    settings = {**STATIC, **steps, **CASES[name]}
     monkeypatch.setattr(gardo.trainer, "measure_strength", checked)
     measured, weights = train_small(tmp_path / "measured", **settings)
     monkeypatch.setattr(gardo.trainer, "measure_strength", lambda *_: {})
@@ -110,11 +108,10 @@ def test_the_share_is_that_of_the_gradients_and_nothing_else_changes(tmp_path, m
         else:
             assert found == pytest.approx(expected[epoch], rel=1e-4)
             assert found > 1e-4
-        # 6 samples of the first update in batches of 5, padded, for one loss or both
-        assert probed == 2 * 5 * per_row * (1 if epoch == 0 else 2)
-        # 12 samples: 3 steps of the rollout, two updates of 10 rows at 2 steps
-        behaviour = 12 * 2 if name == "nft" else 0
-        assert row["forwards/policy"] == (12 * 3 + 2 * 10 * 2) * per_row + behaviour
+        # the first update's 6 samples, for one loss or for both
+        assert probed == 6 * per_row * (1 if epoch == 0 else 2)
+        # 12 samples at 3 steps of the rollout, at 2 of the updates and of the behaviour policy
+        assert row["forwards/policy"] == 12 * (7 if name == "nft" else 5) * per_row
 
 
 # --- held ----------------------------------------------------------------------------------------
@@ -166,12 +163,9 @@ def test_the_embedded_task_holds_its_target_with_a_weight_per_epoch(tmp_path, mo
         return loss(*args, kl_coef=kl_coef, **kwargs)
 
     monkeypatch.setattr(grpo.gk, "grpo_loss", spied)
-    fast = {"sampling.num_steps": 2, "train.timestep_fraction": 0.5, "train.batch_size": 6}
     held = {"algorithm.kl_coef": "{target_share: 0.3}", "algorithm.gate.mode": "all", "epochs": 10}
-    rows, _ = train_small(tmp_path / "run", **{**STATIC, **fast, **held})
-    shares = [row["kl/gradient_share"] for row in rows]
-    print("shares", shares, [row["kl/coef"] for row in rows])
-    late = shares[3:]
+    rows, _ = train_small(tmp_path / "run", **{**STATIC, **held})
+    late = [row["kl/gradient_share"] for row in rows[3:]]
     assert 0.2 <= sum(late) / len(late) <= 0.45
     # numbers on the host, one for all steps of an epoch (0 is that of a batch without a gated row)
     assert {type(value) for value in given} == {float}
