@@ -17,7 +17,7 @@ OF_THE_REWARD = {"reward/proxy/mean", "reward/proxy/std", "reward_scale"}
 
 
 def scaled(folder, name, weight, **changes):
-    keys = {**ALGORITHMS[name], "rewards.proxy": f"{{count: {weight}}}", **changes}
+    keys = {**ALGORITHMS[name], "seed": 3, "rewards.proxy": f"{{count: {weight}}}", **changes}
     return train_small(folder / f"{name}-{weight}", **keys)
 
 
