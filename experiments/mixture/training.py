@@ -13,8 +13,9 @@ from experiments.mixture import distribution, rewards
 from experiments.mixture.methods import Method, Part
 from experiments.mixture.policy import Rollout, Schedule, VelocityNetwork, roll_out
 from gardo.algorithms.adaptive_reference import AdaptiveReference
+from gardo.algorithms.gradient_share import PROBE
 from gardo.algorithms.reward_shaper import RewardShaper, Shaped
-from gardo.algorithms.strength import PROBE, KLStrength
+from gardo.algorithms.strength import KLStrength
 from gardo.rng import generator
 
 

@@ -12,7 +12,8 @@ from experiments.mixture.methods import _method, find_part
 from experiments.mixture.policy import pretrain
 from experiments.mixture.training import Run, Settings
 from gardo.algorithms import grpo
-from gardo.algorithms.strength import KLStrength, measure_strength
+from gardo.algorithms.gradient_share import measure_strength
+from gardo.algorithms.strength import KLStrength
 from gardo.config import AlgorithmConfig
 from gardo.models.adapters import REFERENCE
 from tests.gardo.test_training import comparable
