@@ -10,12 +10,12 @@ import torch
 
 from gardo.algorithms.adaptive_reference import AdaptiveReference
 from gardo.algorithms.ema import EMA
+from gardo.algorithms.gradient_share import measure_strength
 from gardo.algorithms.nonfinite import update_if_finite
 from gardo.algorithms.parity import ParityCheck
 from gardo.algorithms.registry import ALGORITHMS
 from gardo.algorithms.shaping import Shaper
 from gardo.algorithms.stats import UpdateStats
-from gardo.algorithms.strength import measure_strength
 from gardo.checkpointing.parts import Counter, NamedOptimizer, Part, Stateful
 from gardo.checkpointing.policy import CheckpointPolicy
 from gardo.checkpointing.resume import ResumePoint, take_over
@@ -197,7 +197,8 @@ class Trainer:
         with stage("update"), self.checkpoints.updates():
             if self.algorithm.traits.ratios:
                 self.parity(rollout, data.steps, self.progress.write)
-            strength = measure_strength(self.algorithm, data, epoch)
+            moved = self.adaptive_reference.steps_since_reset > 0
+            strength = measure_strength(self.algorithm, data, epoch, moved)
             stats = UpdateStats(config.algorithm.reset_judged_by)
             updates = config.train.updates_per_epoch
             for index in range(updates):

@@ -13,8 +13,9 @@ from experiments.mixture import distribution, rewards
 from experiments.mixture.methods import Method, Part
 from experiments.mixture.policy import Rollout, Schedule, VelocityNetwork, roll_out
 from gardo.algorithms.adaptive_reference import AdaptiveReference
+from gardo.algorithms.gradient_share import PROBE
 from gardo.algorithms.reward_shaper import RewardShaper, Shaped
-from gardo.algorithms.strength import PROBE, KLStrength
+from gardo.algorithms.strength import KLStrength
 from gardo.rng import generator
 
 
@@ -152,6 +153,8 @@ class Run:
             float(torch.nn.utils.get_total_norm(torch.autograd.grad(out.loss, parameters)))
             for out in losses
         ]
+        if self.adaptive_reference.steps_since_reset == 0:
+            norms[1] = 0.0  # the policy is the reference but for rounding
         figures = self.strength.observe(*norms)
         return {name.removeprefix("kl/"): value for name, value in figures.items()}
 

@@ -84,7 +84,8 @@ class AdaptiveReference:
                 f"runs {on} has a guard and {off} has none"
             )
         self.epochs_since_reset = int(state["epochs_since_reset"])
-        self.steps_since_reset = int(state.get("steps_since_reset", 0))  # newer than the other
+        # newer than the other: an epoch had at least one
+        self.steps_since_reset = int(state.get("steps_since_reset", self.epochs_since_reset))
         if self.guard is not None and saved is not None:
             self.guard.load_state_dict(saved)
 

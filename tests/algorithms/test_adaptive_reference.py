@@ -35,6 +35,23 @@ def test_reset_counter_survives_a_state_round_trip():
     assert second.update(0.0)
 
 
+def test_optimizer_steps_are_counted_as_they_were_made():
+    config = ReferenceConfig(kl_threshold=0.0, reset_every=0, reset_steps=3)
+    reference, made = AdaptiveReference(config), [2, 2, 0, 2, 1, 1, 1, 1]
+    assert [e for e, n in enumerate(made) if reference.update(0.0, steps=n)] == [1, 4, 7]
+    reference.update(0.0, steps=2)
+    other = AdaptiveReference(config)
+    other.load_state_dict(json.loads(json.dumps(reference.state_dict())))
+    assert other.update(0.0, steps=1)
+
+
+def test_the_state_of_an_earlier_version_loads():
+    reference = AdaptiveReference(ReferenceConfig(kl_threshold=0.0, reset_every=5, reset_steps=9))
+    reference.load_state_dict({"epochs_since_reset": 3})
+    assert (reference.epochs_since_reset, reference.steps_since_reset) == (3, 3)  # at least
+    assert [reference.update(0.0, steps=1) for _ in range(2)] == [False, True]
+
+
 # --- the guard -----------------------------------------------------------------------------------
 
 ROW = torch.arange(10.0)

@@ -139,7 +139,7 @@ def test_a_killed_run_goes_on_bitwise(runner, whole, tmp_path, algorithm):
     ("hook", "done"),
     [
         ({"names": ["SIGTERM"], "where": "micro-batch", "count": 3}, 0),
-        ({"names": ["SIGUSR1"], "where": "micro-batch", "count": 17}, 2),  # between two updates
+        ({"names": ["SIGUSR1"], "where": "micro-batch", "count": 23}, 2),  # between two updates
         ({"names": ["SIGINT"], "where": "evaluation", "count": 2}, 3),
         ({"names": ["SIGTERM"], "where": "shape", "count": 5}, 4),
         ({"names": ["SIGTERM"], "where": "start", "count": 1}, 0),
@@ -165,7 +165,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_whole_epoch(runner, whole, tmp
 
 def test_without_a_snapshot_a_signal_lets_the_updates_finish(runner, whole, tmp_path):
     command = arguments(tmp_path / "run", "--resume", **RUN, checkpoint__snapshot="false")
-    hook = {"names": ["SIGUSR1"], "where": "micro-batch", "count": 17}
+    hook = {"names": ["SIGUSR1"], "where": "micro-batch", "count": 23}
     assert runner.run(command, {"name": "signals", "with": hook}) == 75, runner.said
     assert "after 3 of 6 epochs" in runner.said
     hook = {"names": ["SIGUSR1"], "where": "shape", "count": 2}

@@ -259,3 +259,30 @@ def test_without_floor_a_fraction_may_start_anywhere():
     assert load_config("tiny", overrides=wide).algorithm.gate.fraction == 0.5
     with pytest.raises(UserError, match=r"an adaptive fraction moves in \[0.02, 0.2\]"):
         load_config("tiny", overrides=wide[:1])
+
+
+@pytest.mark.parametrize("name", TRAITS)
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("reward_scale", "auto", "auto"),
+        ("diversity", "supported", "supported"),
+        ("diversity_scale", "raw", "raw"),
+        ("cap.percentile", "70", 70.0),
+        ("gate.anchor", "base", "base"),
+        ("gate.uncertainty", "sigma", "sigma"),
+        ("gate.uncertainty", "both", "both"),
+        ("gate.adaptation", "paper", "paper"),
+        ("gate.share_of", "all", "all"),
+        ("reference.reset_steps", "50", 50),
+        ("kl_coef", "{target_share: 0.3}", {"target_share": 0.3}),
+    ],
+)
+def test_new_keys_are_set_from_the_command_line_with_each_algorithm(
+    tmp_path, name, key, text, expected
+):
+    named = [("algorithm.name", name), ("sampling.same_latent", "false")]
+    config = load_config("tiny", overrides=[*named, (f"algorithm.{key}", text)])
+    assert value(config.algorithm, key) == expected
+    (tmp_path / "kept.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "kept.yaml")) == config

@@ -125,7 +125,10 @@ def test_group_statistics_are_the_same_bits(tmp_path):
     for name, value in results[1].items():
         assert torch.equal(value, results[2][name]), name
         assert torch.equal(value, results[3][name]), name
-    assert results[1]["advantage"].abs().max() > 0
+    for advantage in ("advantage", "0/advantage", "1/advantage"):
+        assert results[1][advantage].abs().max() > 0
+    # with the keys of the method that are off by default
+    assert not torch.equal(results[1]["advantage"], results[1]["0/advantage"])
 
 
 FAILING = """

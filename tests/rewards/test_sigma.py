@@ -23,6 +23,7 @@ from gardo.trainer import Trainer
 from gardo.types import Prompt, RewardOutput, UserError
 from tests.rewards import toys
 from tests.rewards.toys import toy
+from tests.support.forked import Runner, arguments
 
 CPU = torch.device("cpu")
 NAN = torch.nan
@@ -163,6 +164,17 @@ def test_the_sigma_of_a_weighted_sum() -> None:
             "needs a proxy that reports its uncertainty (RewardOutput.sigma); "
             f"reward '{name}' reports none"
         )
+
+
+def test_a_run_whose_proxy_states_none_ends_with_one_message(tmp_path) -> None:
+    runner, mute = Runner(tmp_path / "stderr.txt"), toy("corner")
+    keys = {"algorithm.gate.uncertainty": "sigma", "rewards.proxy": mute, "rewards.aux": "[]"}
+    assert runner.run(arguments(tmp_path / "run", epochs=1, **keys)) == 2
+    assert runner.said.strip().splitlines()[-1] == (
+        "error: algorithm.gate.uncertainty: all but 'ensemble' needs a proxy that reports its "
+        f"uncertainty (RewardOutput.sigma); reward '{mute}' reports none"
+    )
+    assert "Traceback" not in runner.said
 
 
 # --- held-out evaluation

@@ -19,6 +19,13 @@ from gardo.sampling.plan import plan_epoch
 from gardo.types import RewardOutput
 
 PROMPTS, GROUP = 3, 5
+EVERYTHING = {
+    "algorithm.reward_scale": "auto",
+    "algorithm.cap": "on",
+    "algorithm.diversity": "supported",
+    "algorithm.gate.anchor": "base",
+    "algorithm.gate.uncertainty": "both",
+}
 
 
 def main(output: str) -> None:
@@ -35,7 +42,8 @@ def main(output: str) -> None:
     columns = {name: scores[k, mine] for k, name in enumerate(names)}
     # a detail of all processes, and one that no other process has
     own = {"all": scores[0, mine], f"rank{runtime.rank}": torch.full((len(mine),), 2.0)}
-    columns[names[0]] = RewardOutput(columns[names[0]], own)
+    sigma = scores[0].flip(0)[mine] / 10
+    columns[names[0]] = RewardOutput(columns[names[0]], own, sigma)
     book.add(columns, features[mine], dict.fromkeys(names, 0.0))
     shaped = Shaper(config.algorithm, rewards)(book, plan, runtime)
     for rank in range(runtime.world_size):
@@ -43,10 +51,22 @@ def main(output: str) -> None:
     detail = torch.tensor(shaped.metrics[f"reward/{names[0]}/all/mean"])
     advantage = runtime.gather(shaped.advantage, mine, PROMPTS * GROUP)
     gate = runtime.gather(shaped.gate.float(), mine, PROMPTS * GROUP)
+    everything = load_config("tiny", overrides=list(EVERYTHING.items())).algorithm
+    shaper = Shaper(everything, rewards)
+    found = {}
+    for epoch in range(2):  # the second one is compared with the first, which is the base's
+        later = shaper(book, plan, runtime)
+        found[f"{epoch}/advantage"] = runtime.gather(later.advantage, mine, PROMPTS * GROUP)
+        found[f"{epoch}/gate"] = runtime.gather(later.gate.float(), mine, PROMPTS * GROUP)
+        found[f"{epoch}/uncertainty"] = later.uncertainty
+        own = ("rank0", "rank1", "rank2")  # details that depend on the number of processes
+        figures = {k: v for k, v in later.metrics.items() if not any(o in k for o in own)}
+        found[f"{epoch}/metrics"] = torch.tensor(list(figures.values()), dtype=torch.float64)
     if runtime.is_main:
         per_update = torch.tensor(shaped.gated_per_update)
         save_file(
-            {"advantage": advantage, "gate": gate, "per_update": per_update, "detail": detail},
+            {"advantage": advantage, "gate": gate, "per_update": per_update, "detail": detail}
+            | found,
             output,
         )
     runtime.close()
