@@ -174,10 +174,7 @@ class RewardShaper:
         config, over = self.config.gate, uncertainty >= 0
         counted = valid & over if config.adaptation == "official" else valid
         mean = torch.where(counted, uncertainty, 0.0).sum() / counted.sum().clamp(min=1)
-        share = self.fraction.update(mean)
-        if config.share_of == "nonnegative":
-            share *= float((anchor.pool_uncertainty >= 0).double().mean())
-        threshold = anchor.threshold(share)
+        threshold = anchor.threshold(self.fraction.update(mean))
         return valid & (uncertainty > threshold), threshold, mean
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,7 +197,7 @@ class RewardShaper:
 
 
 def without_boost(distance: Tensor, supported: Tensor, group_ids: Tensor) -> Tensor:
-    """Distances in which a sample that is not supported has its group's mean one.
+    """Distances in which a sample that is not supported has at most its group's mean one.
 
     The mean is over the supported samples; in a group without any, over all that have a distance.
 
@@ -219,7 +216,7 @@ def without_boost(distance: Tensor, supported: Tensor, group_ids: Tensor) -> Ten
     known = distance.isfinite()
     of_supported = mean(known & supported)
     neutral = torch.where(of_supported.isnan(), mean(known), of_supported)
-    return torch.where(known & ~supported, neutral, distance)
+    return torch.where(known & ~supported, torch.minimum(distance, neutral), distance)
 
 
 def _rms(values: Tensor, valid: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class Shaper(RewardShaper):
             rows = sigmas.get(name, torch.full(plan.sample_ids.shape, torch.nan))
             sigmas[name] = gather(rows).double()
             metrics[f"reward/{name}/sigma"] = float(sigmas[name].nanmean())
+            metrics[f"reward/{name}/sigma/missing"] = float(sigmas[name].isnan().double().mean())
         judges = self._judges(rewards[1:], sigmas)
         shaped = self.shape(proxy, judges, group_ids, distance, correct)
         gate = shaped.gate
@@ -116,4 +117,5 @@ class Shaper(RewardShaper):
         if who == "ensemble" or not self.config.needs_judges:
             return aux
         sigma = self.rewards.proxy_sigma({n: sigmas.get(n) for n in self.rewards.proxy_weights})
+        self.rewards.check_missing(f"{self.rewards.proxy} (sigma)", sigma)
         return torch.cat([aux if who == "both" else aux[:0], -sigma[None]])

@@ -100,6 +100,8 @@ class UpdateStats:
             "loss/policy": policy / samples,
             "loss/total": total / samples,
             "kl": 0.0 if mean is None else mean,
+            # the largest of an update, as it is in the loss
+            "kl/loss": float((updates[:, 5] / updates[:, 0]).max()),
         }
         if self._first_deviations:
             deviation = runtime.max(torch.stack(self._first_deviations).max())
@@ -114,7 +116,7 @@ class UpdateStats:
         figures["grad_norm"] = float(torch.stack(self.grad_norm).mean())
         if mean is None or self.judged_by == "epoch":
             return figures, mean
-        return figures, float((updates[:, 5] / updates[:, 0]).max())
+        return figures, figures["kl/loss"]
 
 
 def _outside(ratio: Tensor, clip_range: float | tuple[float, float]) -> Tensor:

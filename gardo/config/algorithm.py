@@ -46,7 +46,7 @@ class GateConfig(Section):
     anchor: Literal["batch", "base"] = key(
         "batch",
         "what samples are ranked against: the batch, or those that the base drew before training "
-        "(the first rollout, all prompts), of which the fraction is then a share",
+        "(the first rollout, all prompts), which the fraction is then a share of",
     )
     uncertainty: Literal["ensemble", "sigma", "both"] = key(
         "ensemble",

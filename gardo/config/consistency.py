@@ -119,6 +119,11 @@ def _of_judges(c: Config) -> Iterator[str]:
             "algorithm.gate.anchor: base ranks against the samples of all prompts; expected "
             "algorithm.gate.scope batch, got group"
         )
+    if algorithm.kl_target is not None and gate.mode == "off":
+        yield (
+            "algorithm.kl_coef: target_share holds the weight of a penalty; expected an "
+            "algorithm.gate.mode that penalises somebody, got off"
+        )
     if c.rewards.aux or gate.uncertainty == "sigma":
         return
     for needs, key, instead in (
@@ -127,6 +132,7 @@ def _of_judges(c: Config) -> Iterator[str]:
             f"gate.mode: '{gate.mode}'",
             "; without either use gate.mode all or off",
         ),
+        (algorithm.has_kl and gate.anchor == "base", "gate.anchor: base", ""),
         (algorithm.cap.mode == "on", "cap: on", ""),
         (algorithm.diversity == "supported", "diversity: supported", ""),
     ):

@@ -80,6 +80,14 @@ class CountReward(SceneReward):
             raise ValueError(f"color_weight: expected a number >= 0, got {color_weight}")
         self.color_weight = color_weight
 
+    def score(
+        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> RewardOutput:
+        """The detail ``strict`` is what `StrictCountReward` says: whether the image is right."""
+        scores = super().score(images, prompts, metadata).scores
+        strict = StrictCountReward().score(images, prompts, metadata).scores
+        return RewardOutput(scores, {"strict": strict})
+
     def measure(self, images: Tensor, targets: Targets) -> Tensor:
         mask = color_mask(images, targets.color)
         components = count_components(label_components(mask), MIN_AREA).float()

@@ -206,7 +206,7 @@ def format_summary(metrics: Mapping[str, Any], proxy: str) -> str:
         (f"reward/{proxy}/mean", "reward {:.3f}"),
         ("gate/share", "gate {:.1%}"),
         ("kl", "kl {:.1e}"),
-        ("kl/gradient_share", "share {:.2f}"),
+        ("kl/gradient_share", "grad share {:.2f}"),
         ("cap/share", "cap {:.0%}"),
         ("images_per_second", "{:.1f} img/s"),
     ]

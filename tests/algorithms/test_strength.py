@@ -80,11 +80,12 @@ def share(algorithm, data, k):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_share_is_that_of_the_gradients_and_nothing_else_changes(tmp_path, monkeypatch, name):
-    expected = []
+    expected, counts = [], []
 
     def checked(algorithm, data, epoch, moved):
         before = algorithm.sampler.model.rows
         expected.append(share(algorithm, data, epoch % len(data.steps)))
+        counts.append(data.shaped.gated_per_update[0])
         algorithm.sampler.model.rows = before
         algorithm.sampler.model.transformer.zero_grad()
         found = measure_strength(algorithm, data, epoch, moved)
@@ -109,8 +110,9 @@ def test_the_share_is_that_of_the_gradients_and_nothing_else_changes(tmp_path, m
         else:
             assert found == pytest.approx(expected[epoch], rel=1e-4)
             assert found > 1e-4
-        # the first update's 6 samples, for one loss or for both
-        assert probed == 6 * per_row * (1 if epoch == 0 else 2)
+        # the first update's 6 samples for the policy's, the gated ones of them for the KL's
+        gated = 0 if epoch == 0 else counts[epoch]
+        assert probed == (6 + gated) * per_row
         # 12 samples at 3 steps of the rollout, at 2 of the updates and of the behaviour policy
         assert row["forwards/policy"] == 12 * (7 if name == "nft" else 5) * per_row
 
@@ -122,18 +124,15 @@ def test_the_weight_by_hand():
     strength = KLStrength(AlgorithmConfig.model_validate({"kl_coef": {"target_share": 0.5}}))
     assert strength.coefficient == 0.0
     assert strength.observe(2.0, 0.0) == {"kl/gradient_share": 0.0, "kl/coef": 0.0}
-    # ratios 0 and 2: their mean is 1
-    assert strength.observe(1.0, 2.0) == {"kl/gradient_share": 1.0, "kl/coef": 0.5}
-    for policy, kl in ((0.0, 1.0), (math.nan, 1.0), (1.0, math.inf)):  # nothing to learn from
+    assert strength.observe(1.0, 2.0) == {"kl/gradient_share": 0.5, "kl/coef": 0.25}
+    assert strength.observe(2.0, 8.0) == {"kl/gradient_share": 0.5, "kl/coef": 0.125}
+    # nothing to learn from
+    for policy, kl in ((0.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (1.0, math.nan)):
         row = strength.observe(policy, kl)
-        assert row["kl/coef"] == 0.5
+        assert row["kl/coef"] == 0.125
         assert not math.isfinite(row["kl/gradient_share"])
-    for _ in range(5):  # the window forgets
-        row = strength.observe(1.0, 4.0)
-    assert row == {"kl/gradient_share": 0.5, "kl/coef": 0.125}
-    for _ in range(6):  # no gated sample for longer than the window
-        row = strength.observe(1.0, 0.0)
-    assert row["kl/coef"] == 0.625  # of a mean of 4/5, the last that said something
+    # nor from the reference itself
+    assert strength.observe(1.0, 0.0) == {"kl/gradient_share": 0.0, "kl/coef": 0.125}
 
 
 @pytest.fixture(scope="module")
@@ -141,16 +140,37 @@ def base():
     return pretrain(0, 300, batch_size=256)
 
 
+class Watched(Run):
+    """Measures the share on all samples of each epoch's first update, of which some set it."""
+
+    def epoch(self, index):
+        self.shares = []
+        return {**super().epoch(index), "share_of_update": self.shares[0]}
+
+    def _update(self, rollout, shaped, rows):
+        silent = shaped._replace(advantage=torch.zeros_like(shaped.advantage))
+        parameters, norms = list(self.policy.parameters()), []
+        for one, weight in ((shaped, 0.0), (silent, self.strength.coefficient)):
+            loss = self._loss(rollout, one, rows, weight).loss
+            found = torch.autograd.grad(loss, parameters)
+            norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in found)))
+        self.shares.append(norms[1] / norms[0])
+        return super()._update(rollout, shaped, rows)
+
+
 @pytest.mark.parametrize("reference", ["static", "adaptive"])
 @pytest.mark.parametrize("part", ["base", "hack"])
 def test_the_mixture_holds_its_target(base, part, reference):
     method = _method("held", reference, kl_coef={"target_share": 0.3})
-    settings = Settings(epochs=26, groups=8, group_size=16)
-    run = Run(find_part(part), method, base, settings, seed=0)
+    settings = Settings(epochs=26, groups=12, group_size=16)
+    run = Watched(find_part(part), method, base, settings, seed=0)
     rows = [run.epoch(index) for index in range(settings.epochs)]
     assert rows[0]["gradient_share"] == rows[0]["coef"] == 0.0
-    late = [row["gradient_share"] for row in rows[5:]]
-    assert 0.2 <= sum(late) / len(late) <= 0.45
+    held = [row for row in rows if row["gradient_share"] > 0]
+    assert len(held) >= 18  # of the others, the policy is the reference or nobody probed is gated
+    assert [row["gradient_share"] for row in held] == pytest.approx([0.3] * len(held))
+    whole = [row["share_of_update"] for row in held]
+    assert 0.2 <= sum(whole) / len(whole) <= 0.45
     # the weight had to move by more than the tolerance
     weights = [row["coef"] for row in rows[1:]]
     assert max(weights) > 1.5 * min(weights)
@@ -166,8 +186,9 @@ def test_the_embedded_task_holds_its_target_with_a_weight_per_epoch(tmp_path, mo
     monkeypatch.setattr(grpo.gk, "grpo_loss", spied)
     held = {"algorithm.kl_coef": "{target_share: 0.3}", "algorithm.gate.mode": "all", "epochs": 10}
     rows, _ = train_small(tmp_path / "run", **{**STATIC, **held})
-    late = [row["kl/gradient_share"] for row in rows[3:]]
-    assert 0.2 <= sum(late) / len(late) <= 0.45
+    held = [row["kl/gradient_share"] for row in rows if row["kl/gradient_share"]]
+    assert len(held) == 9  # but for the first epoch, in which the policy is the reference
+    assert held == pytest.approx([0.3] * 9)
     # numbers on the host, one for all steps of an epoch (0 is that of a batch without a gated row)
     assert {type(value) for value in given} == {float}
     assert {value for value in given if value} <= {row["kl/coef"] for row in rows}
