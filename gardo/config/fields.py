@@ -78,7 +78,7 @@ def _proxy(value: Any) -> Any:
         for weight in value.values():
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
             if not number or not math.isfinite(weight) or weight == 0:
-                raise ValueError("expected a weight other than 0 for each reward")
+                raise ValueError("expected a weight other than 0, a number, for each reward")
         value = {name: float(weight) for name, weight in value.items()}
     if not value or not isinstance(value, dict):
         raise ValueError("expected a reward's name, or names with weights")

@@ -102,7 +102,7 @@ _GATE = [
     _one(
         "Uncertainty",
         "uncertainty/mean",
-        "Mean non-negative proxy win rate minus auxiliary win rate.",
+        "Mean proxy win rate minus auxiliary win rate, of the samples that drive the gate's fraction.",
     ),
     _Spec(
         "KL to the reference",
