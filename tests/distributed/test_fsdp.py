@@ -170,11 +170,14 @@ def test_gradients_are_reduced_once_per_update(sharded, replicated):
 
     # an update has 2 batches, each trained at 2 steps
     updates, backwards, blocks = 2 * 2, 4, 4
+    # and the gradients that are measured: the policy's, and in the second epoch the KL's
+    measured = 2 + 1
     # in one bucket, but for the first time in two
-    assert reductions(replicated / "lora") == updates + 1
-    assert reductions(sharded / "lora") == updates * blocks
-    # fully fine-tuned, no process keeps the whole gradients of blocks, last norm and the rest
-    assert reductions(sharded / "full") == updates * backwards * (blocks + 2)
+    assert reductions(replicated / "lora") == updates + measured + 1
+    assert reductions(sharded / "lora") == (updates + measured) * blocks
+    # fully fine-tuned, no process keeps the whole gradients of blocks, last norm and the rest;
+    # what is measured has 2 batches at one step
+    assert reductions(sharded / "full") == (updates * backwards + measured * 2) * (blocks + 2)
 
 
 def test_layouts_agree_in_half_precision(sharded, replicated):
