@@ -12,6 +12,7 @@ from tests.support.everything import ALGORITHMS
 from tests.support.forked import Runner, arguments
 
 RUN = {
+    "seed": 3,  # with which samples are gated in most epochs
     "epochs": 5,
     "checkpoint.every": 2,
     "evaluation.every": 0,
@@ -45,7 +46,7 @@ def test_a_killed_run_goes_on_bitwise(tmp_path, name):
         assert len({row[key] for row in metrics}) > 1, key
     assert len({row["reward_scale"] for row in metrics}) == 1
     later = metrics[2:]
-    assert max(row["kl/gradient_share"] for row in later) > 0
+    assert max(row["kl/gradient_share"] or 0 for row in later) > 0
     assert max(row["cap/share"] for row in later) > 0
     decided = [(row["reference/reset"], row["reference/refused"]) for row in metrics]
     assert {(1, 0), (0, 1)} <= set(decided)

@@ -168,16 +168,20 @@ def test_gradients_are_reduced_once_per_update(sharded, replicated):
         assert first == second
         return first
 
-    # an update has 2 batches, each trained at 2 steps
+    def measured(folder):
+        """Gradients of the KL: of gated samples, where the policy is no longer the reference."""
+        return sum(1 for row in rows(folder / "metrics.jsonl") if row["kl/gradient_share"])
+
+    # an update has 2 batches, each trained at 2 steps; the policy's gradient is measured on as many
+    # at one step in each of 2 epochs, the KL's on the few that are gated
     updates, backwards, blocks = 2 * 2, 4, 4
-    # and the gradients that are measured: the policy's, and in the second epoch the KL's
-    measured = 2 + 1
+    lora, full = (measured(sharded / name) for name in ("lora", "full"))
+    assert measured(replicated / "lora") == lora
     # in one bucket, but for the first time in two
-    assert reductions(replicated / "lora") == updates + measured + 1
-    assert reductions(sharded / "lora") == (updates + measured) * blocks
-    # fully fine-tuned, no process keeps the whole gradients of blocks, last norm and the rest;
-    # what is measured has 2 batches at one step
-    assert reductions(sharded / "full") == (updates * backwards + measured * 2) * (blocks + 2)
+    assert reductions(replicated / "lora") == updates + 2 + lora + 1
+    assert reductions(sharded / "lora") == (updates + 2 + lora) * blocks
+    # fully fine-tuned, no process keeps the whole gradients of blocks, last norm and the rest
+    assert reductions(sharded / "full") == (updates * backwards + 2 * 2 + full) * (blocks + 2)
 
 
 def test_layouts_agree_in_half_precision(sharded, replicated):

@@ -27,6 +27,8 @@ def same_metrics(rows, others, **tolerance):
         for key, value in row.items():
             if key in OF_THE_REWARD:
                 assert value != other[key], key
+            elif value is None:
+                assert other[key] is None, key
             elif not key.startswith("time/") and key != "images_per_second":
                 assert value == pytest.approx(other[key], nan_ok=True, **tolerance), key
 
@@ -89,7 +91,8 @@ def test_a_proxy_that_reports_its_uncertainty_is_gated_by_it(tmp_path, monkeypat
         return shaped[-1]
 
     monkeypatch.setattr(gardo.trainer.Shaper, "__call__", watched)
-    rows, _ = train_small(tmp_path / "run", **{**ALGORITHMS[name], "rewards.proxy": HAZY, **keys})
+    keys = {"rewards.proxy": HAZY, "rewards.max_missing_share": 0.2, **keys}
+    rows, _ = train_small(tmp_path / "run", **{**ALGORITHMS[name], **keys})
     assert all(row["grad_norm"] > 0 and row["gate/share"] > 0 for row in rows)
     assert rows[1]["kl/gradient_share"] > 0
     assert all(row[f"reward/{HAZY}/sigma"] > 0 for row in rows)

@@ -102,7 +102,7 @@ _GATE = [
     _one(
         "Uncertainty",
         "uncertainty/mean",
-        "Mean proxy win rate minus auxiliary win rate, of the samples that drive the gate's fraction.",
+        "Mean proxy win rate minus auxiliary win rate, of the samples that drive the gate.",
     ),
     _Spec(
         "KL to the reference",
