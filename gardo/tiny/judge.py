@@ -10,7 +10,6 @@ grid are occupied, it keeps the layout, so that its distances measure diversity.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,15 +17,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gardo.tiny.scenes import CELLS, COLORS, IMAGE_SIZE, NUMBERS, SHAPES
-from gardo.types import UserError
+from gardo.tiny.networks import (
+    check_size,
+    convolutions,
+    load_weights,
+    read_record,
+    save_network,
+)
+from gardo.tiny.scenes import CELLS, COLORS, NUMBERS, SHAPES
 
 SHIPPED_JUDGE = Path(__file__).with_name("judge")
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,11 @@ class Judge(nn.Module):
     def __init__(self, config: JudgeConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or JudgeConfig()
-        layers: list[nn.Module] = []
-        width = 3
-        for channels, stride in zip(config.channels, (1, 2, 2, 1), strict=True):
-            layers += [
-                nn.Conv2d(width, channels, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(channels),
-                nn.ReLU(),
-            ]
-            width = channels
         # one value per channel and grid cell: pooling over the whole image would lose the layout
-        layers += [nn.AdaptiveAvgPool2d(CELLS), nn.Flatten()]
-        self.body = nn.Sequential(*layers)
-        self.hidden = nn.Linear(width * CELLS * CELLS, config.features)
+        self.body = nn.Sequential(
+            *convolutions(3, config.channels), nn.AdaptiveAvgPool2d(CELLS), nn.Flatten()
+        )
+        self.hidden = nn.Linear(config.channels[-1] * CELLS * CELLS, config.features)
         self.heads = nn.ModuleDict(
             {
                 "count": nn.Linear(config.features, len(NUMBERS) + 1),
@@ -94,11 +88,7 @@ class Judge(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(
-                f"images: expected shape [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], "
-                f"got {list(images.shape)}"
-            )
+        check_size(images)
         features = F.silu(self.hidden(self.body(images.to(self.hidden.weight.dtype) * 2 - 1)))
         logits = {name: head(features) for name, head in self.heads.items()}
         return JudgeOutput(**logits, features=features)
@@ -106,17 +96,7 @@ class Judge(nn.Module):
 
 def save_judge(judge: Judge, folder: Path | str, record: Mapping[str, Any]) -> None:
     """Write ``model.safetensors`` (float16) and ``config.json`` (sizes and ``record``)."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: tensor.half() if tensor.is_floating_point() else tensor
-        for name, tensor in judge.state_dict().items()
-    }
-    save_file(
-        {name: tensor.contiguous().cpu() for name, tensor in state.items()}, folder / WEIGHTS_NAME
-    )
-    config = {"config": asdict(judge.config), **record}
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_network(judge, folder, {"config": asdict(judge.config), **record})
 
 
 def load_judge(folder: Path | str = SHIPPED_JUDGE, device: torch.device | str = "cpu") -> Judge:
@@ -126,14 +106,9 @@ def load_judge(folder: Path | str = SHIPPED_JUDGE, device: torch.device | str = 
         UserError: a file of the folder is missing.
         RuntimeError: the weights do not fit the recorded sizes.
     """
-    folder = Path(folder)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise UserError(f"judge: no '{name}' in '{folder}'")
-    record = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["config"]
-    judge = Judge(JudgeConfig(tuple(record["channels"]), record["features"]))
-    judge.load_state_dict(load_file(folder / WEIGHTS_NAME))
-    return judge.to(device).requires_grad_(False).eval()
+    sizes = read_record("judge", folder)["config"]
+    judge = Judge(JudgeConfig(tuple(sizes["channels"]), sizes["features"]))
+    return load_weights(judge, folder).to(device)
 
 
 def shared_judge(folder: Path | str, device: torch.device | str) -> Judge:

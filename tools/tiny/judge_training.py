@@ -21,7 +21,6 @@ from torch import Tensor
 
 from gardo.tiny.judge import Judge, JudgeOutput, load_judge, save_judge
 from gardo.tiny.scenes import (
-    BACKGROUND,
     CELLS,
     COLORS,
     IMAGE_SIZE,
@@ -30,6 +29,17 @@ from gardo.tiny.scenes import (
     Scene,
     all_scenes,
     render,
+)
+from tools.tiny.variations import (
+    background,
+    color_index,
+    palette_colors,
+    shape_index,
+    to_pixels,
+    uniform,
+    vary_colors,
+    vary_geometry,
+    window,
 )
 
 CORRUPTED_SHARE = 0.3  # of the rows of a batch
@@ -64,7 +74,7 @@ def draw_examples(batch: int, generator: torch.Generator) -> Examples:
     # mixed rows take each cell from one of two scenes
     mixed = torch.rand(batch, 1, generator=generator) < MIXED_SHARE
     swap = (torch.rand(batch, CELLS**2, generator=generator) < 0.5) & mixed
-    images = torch.where(_to_pixels(swap), others, images)
+    images = torch.where(to_pixels(swap), others, images)
     from_first, from_second = (cells & ~swap).float(), (other_cells & swap).float()
     cells = from_first + from_second
     total = cells.sum(dim=1, keepdim=True).clamp(min=1)
@@ -74,11 +84,11 @@ def draw_examples(batch: int, generator: torch.Generator) -> Examples:
             + from_second.sum(1, keepdim=True) * F.one_hot(index(second), size)
         )
         / total
-        for index, size in ((_color_index, len(COLORS)), (_shape_index, len(SHAPES)))
+        for index, size in ((color_index, len(COLORS)), (shape_index, len(SHAPES)))
     )
     count = cells.sum(dim=1).long()
 
-    images = _vary_geometry(images, generator)
+    images = vary_geometry(images, generator)
     corrupted = torch.rand(batch, generator=generator) < CORRUPTED_SHARE
     kind = torch.randint(len(_CORRUPTIONS), (batch,), generator=generator)
     for number, corrupt in enumerate(_CORRUPTIONS):
@@ -86,7 +96,7 @@ def draw_examples(batch: int, generator: torch.Generator) -> Examples:
         if len(rows):
             images[rows] = corrupt(images[rows], generator)
     count = torch.where(corrupted, 0, count)
-    return Examples(_vary_colors(images, generator), count, color, shape, cells)
+    return Examples(vary_colors(images, generator), count, color, shape, cells)
 
 
 def judge_loss(output: JudgeOutput, target: Examples) -> Tensor:
@@ -110,8 +120,8 @@ def accuracy_by_count(judge: Judge, per_count: int, seed: int) -> dict[int, floa
         output = judge(render(scenes, generator))
         right = (
             (output.count.argmax(1) == count)
-            & (output.color.argmax(1) == _color_index(scenes))
-            & (output.shape.argmax(1) == _shape_index(scenes))
+            & (output.color.argmax(1) == color_index(scenes))
+            & (output.shape.argmax(1) == shape_index(scenes))
         )
         result[count] = right.float().mean().item()
     return result
@@ -189,110 +199,33 @@ def _draw_scenes(batch: int, generator: torch.Generator) -> list[Scene]:
     ]
 
 
-def _color_index(scenes: list[Scene]) -> Tensor:
-    names = list(COLORS)
-    return torch.tensor([names.index(scene.color) for scene in scenes])
-
-
-def _shape_index(scenes: list[Scene]) -> Tensor:
-    return torch.tensor([SHAPES.index(scene.shape) for scene in scenes])
-
-
-def _background() -> Tensor:
-    return torch.tensor(BACKGROUND).view(1, 3, 1, 1)
-
-
 def _occupied_cells(images: Tensor) -> Tensor:
-    deviation = (images - _background()).abs().amax(dim=1, keepdim=True)
+    deviation = (images - background()).abs().amax(dim=1, keepdim=True)
     return F.max_pool2d(deviation, IMAGE_SIZE // CELLS).flatten(1) > 0.3
-
-
-def _to_pixels(cells: Tensor) -> Tensor:
-    grid = cells.view(-1, 1, CELLS, CELLS)
-    size = IMAGE_SIZE // CELLS
-    return grid.repeat_interleave(size, dim=2).repeat_interleave(size, dim=3)
-
-
-def _uniform(low: float, high: float, batch: int, generator: torch.Generator) -> Tensor:
-    """[B, 1, 1, 1] numbers."""
-    return low + (high - low) * torch.rand(batch, 1, 1, 1, generator=generator)
-
-
-def _palette_colors(batch: int, generator: torch.Generator) -> Tensor:
-    palette = torch.tensor(list(COLORS.values()))
-    return palette[torch.randint(len(palette), (batch,), generator=generator)][:, :, None, None]
-
-
-def _vary_geometry(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Flip, shift by up to a pixel and a half, and scale a little; the outside stays grey."""
-    batch = len(images)
-    scale = _uniform(0.93, 1.07, batch, generator).flatten()
-    shift = (2 * torch.rand(batch, 2, generator=generator) - 1) * 1.5 * 2 / IMAGE_SIZE
-    # a third stays on the pixel grid, as sharp as rendered
-    still = torch.rand(batch, generator=generator) < 0.35
-    scale, shift = torch.where(still, 1.0, scale), shift * ~still[:, None]
-    theta = torch.zeros(batch, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = scale
-    theta[:, :, 2] = shift
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    background = _background()
-    return F.grid_sample(images - background, grid, align_corners=False) + background
-
-
-def _vary_colors(images: Tensor, generator: torch.Generator) -> Tensor:
-    """What a decoder does: soft edges, small shifts of colour and brightness, faint noise."""
-    batch = len(images)
-    sigma = _uniform(0.3, 0.8, batch, generator)
-    blurred = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
-    images = torch.where(blurred, _blur(images, sigma), images)
-    gain = 1 + 0.08 * (2 * torch.rand(batch, 3, 1, 1, generator=generator) - 1)
-    bias = 0.04 * (2 * torch.rand(batch, 3, 1, 1, generator=generator) - 1)
-    noise = torch.randn(images.shape, generator=generator) * _uniform(0, 0.04, batch, generator)
-    return ((images - 0.5) * gain + 0.5 + bias + noise).clamp(0, 1)
-
-
-def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur over 5 x 5 pixels with one width per image, [B, 1, 1, 1]."""
-    offset = torch.arange(-2, 3).float()
-    weight = torch.exp(-offset.square() / (2 * sigma.view(-1, 1).square()))
-    weight = weight / weight.sum(dim=1, keepdim=True)
-    padded = F.pad(images, (2, 2, 2, 2), mode="replicate")
-    columns = (padded.unfold(3, 5, 1) * weight[:, None, None, None]).sum(-1)
-    return (columns.unfold(2, 5, 1) * weight[:, None, None, None]).sum(-1)
 
 
 def _stripes(images: Tensor, generator: torch.Generator) -> Tensor:
     """Paint stripes of a palette colour over the image or a part of it."""
     batch = len(images)
-    angle = _uniform(0, math.pi, batch, generator)
+    angle = uniform(0, math.pi, batch, generator)
     straight = torch.rand(batch, 1, 1, 1, generator=generator) < 0.6
     angle = torch.where(straight, (angle / (math.pi / 2)).round() * (math.pi / 2), angle)
-    period = _uniform(2, 9, batch, generator)
-    phase = _uniform(0, 2 * math.pi, batch, generator)
+    period = uniform(2, 9, batch, generator)
+    phase = uniform(0, 2 * math.pi, batch, generator)
     pixel = torch.arange(IMAGE_SIZE).float()
     along = pixel[:, None] * angle.sin() + pixel[None, :] * angle.cos()
     wave = 0.5 + 0.5 * torch.sin(2 * math.pi * along / period + phase)
     hard = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
     wave = torch.where(hard, (wave > 0.6).float(), wave)
-    strength = wave * _uniform(0.2, 1.0, batch, generator) * _window(batch, generator)
-    return images + strength * (_palette_colors(batch, generator) - images)
+    strength = wave * uniform(0.2, 1.0, batch, generator) * window(batch, generator)
+    return images + strength * (palette_colors(batch, generator) - images)
 
 
 def _fill(images: Tensor, generator: torch.Generator) -> Tensor:
     """Paint the whole image or a large part of it in one colour."""
     batch = len(images)
-    strength = _uniform(0.2, 1.0, batch, generator) * _window(batch, generator)
-    return images + strength * (_palette_colors(batch, generator) - images)
-
-
-def _window(batch: int, generator: torch.Generator) -> Tensor:
-    """[B, 1, S, S] rectangles of at least half the image's side, or the whole image."""
-    size = torch.randint(IMAGE_SIZE // 2, 2 * IMAGE_SIZE, (batch, 2), generator=generator)
-    start = torch.rand(batch, 2, generator=generator) * (IMAGE_SIZE - size).clamp(min=0)
-    start, end = start.floor()[..., None], (start.floor() + size)[..., None]
-    pixel = torch.arange(IMAGE_SIZE)
-    inside = (pixel >= start) & (pixel < end)
-    return (inside[:, 0, :, None] & inside[:, 1, None, :])[:, None].float()
+    strength = uniform(0.2, 1.0, batch, generator) * window(batch, generator)
+    return images + strength * (palette_colors(batch, generator) - images)
 
 
 def _noise(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -301,31 +234,31 @@ def _noise(images: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(images.shape, generator=generator)
     smeared = F.avg_pool2d(noise, 3, 1, 1) * 3
     coarse = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
-    return images + torch.where(coarse, smeared, noise) * _uniform(0.12, 0.4, batch, generator)
+    return images + torch.where(coarse, smeared, noise) * uniform(0.12, 0.4, batch, generator)
 
 
 def _blank(images: Tensor, generator: torch.Generator) -> Tensor:
-    return _background().expand_as(images).clone()
+    return background().expand_as(images).clone()
 
 
 def _double(images: Tensor, generator: torch.Generator) -> Tensor:
     """Overlay the image with itself a few pixels further, so that objects run together."""
     down, right = torch.randint(2, 5, (2,), generator=generator).tolist()
     moved = torch.roll(images, (down, right), dims=(2, 3))
-    keep = (images - _background()).abs() >= (moved - _background()).abs()
+    keep = (images - background()).abs() >= (moved - background()).abs()
     return torch.where(keep, images, moved)
 
 
 def _ghost(images: Tensor, generator: torch.Generator) -> Tensor:
     """Fade the objects of some cells, always the most colourful one, to a quarter to two thirds."""
     batch = len(images)
-    deviation = (images - _background()).abs().amax(dim=1, keepdim=True)
+    deviation = (images - background()).abs().amax(dim=1, keepdim=True)
     strongest = F.max_pool2d(deviation, IMAGE_SIZE // CELLS).flatten(1).argmax(dim=1)
     faded = F.one_hot(strongest, CELLS**2).bool() | (
         torch.rand(batch, CELLS**2, generator=generator) < 0.2
     )
-    keep = torch.where(_to_pixels(faded), _uniform(0.2, 0.65, batch, generator), 1.0)
-    return _background() + (images - _background()) * keep
+    keep = torch.where(to_pixels(faded), uniform(0.2, 0.65, batch, generator), 1.0)
+    return background() + (images - background()) * keep
 
 
 _CORRUPTIONS: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = (
