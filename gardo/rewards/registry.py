@@ -24,6 +24,7 @@ _REWARDS: dict[str, str] = {
     "strict_count": "gardo.rewards.shapes:StrictCountReward",
     "artifact": "gardo.rewards.shapes:ArtifactReward",
     "judge": "gardo.rewards.judge:JudgeReward",
+    "preference": "gardo.rewards.preference:PreferenceReward",
     "pickscore": "gardo.rewards.pickscore:PickScoreReward",
     "clipscore": "gardo.rewards.clipscore:CLIPScoreReward",
     "aesthetic": "gardo.rewards.aesthetic:AestheticReward",

@@ -1,4 +1,5 @@
-"""The embedded model: a real, tiny Stable Diffusion 3 pipeline and a judge, shipped as data.
+"""The embedded model: a real, tiny Stable Diffusion 3 pipeline, a judge and a preference
+model, shipped as data.
 
 Importing this package is light (no torch); the work is in its modules.
 """

@@ -11,7 +11,7 @@ from gardo.tiny.scenes import Scene
 from gardo.types import UserError
 from tests.rewards import images as im
 
-NAMES = ("count", "shape_fit", "clean", "strict_count", "artifact", "judge")
+NAMES = ("count", "shape_fit", "clean", "strict_count", "artifact", "judge", "preference")
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -36,7 +36,7 @@ def test_scores_are_float32_within_the_declared_range(reward: Reward, varied: to
     assert output.scores.shape == (len(varied),)
     assert output.scores.dtype == torch.float32
     low, high = reward.spec.value_range
-    assert output.scores.min() >= low
+    assert low is None or output.scores.min() >= low
     assert high is None or output.scores.max() <= high
 
 

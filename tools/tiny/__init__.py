@@ -1,1 +1,1 @@
-"""Builds the embedded model and its judge; run from a checkout."""
+"""Builds the embedded model, its judge and its preference model; run from a checkout."""

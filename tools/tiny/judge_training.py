@@ -8,7 +8,6 @@ as a decoder varies them (blur, noise, colour shifts), and corrupted ones that a
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from tools.tiny.variations import (
     color_index,
     palette_colors,
     shape_index,
+    stripes,
     to_pixels,
     uniform,
     vary_colors,
@@ -207,16 +207,7 @@ def _occupied_cells(images: Tensor) -> Tensor:
 def _stripes(images: Tensor, generator: torch.Generator) -> Tensor:
     """Paint stripes of a palette colour over the image or a part of it."""
     batch = len(images)
-    angle = uniform(0, math.pi, batch, generator)
-    straight = torch.rand(batch, 1, 1, 1, generator=generator) < 0.6
-    angle = torch.where(straight, (angle / (math.pi / 2)).round() * (math.pi / 2), angle)
-    period = uniform(2, 9, batch, generator)
-    phase = uniform(0, 2 * math.pi, batch, generator)
-    pixel = torch.arange(IMAGE_SIZE).float()
-    along = pixel[:, None] * angle.sin() + pixel[None, :] * angle.cos()
-    wave = 0.5 + 0.5 * torch.sin(2 * math.pi * along / period + phase)
-    hard = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
-    wave = torch.where(hard, (wave > 0.6).float(), wave)
+    wave = stripes(batch, generator)
     strength = wave * uniform(0.2, 1.0, batch, generator) * window(batch, generator)
     return images + strength * (palette_colors(batch, generator) - images)
 

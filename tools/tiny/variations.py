@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -70,6 +71,20 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
     padded = F.pad(images, (2, 2, 2, 2), mode="replicate")
     columns = (padded.unfold(3, 5, 1) * weight[:, None, None, None]).sum(-1)
     return (columns.unfold(2, 5, 1) * weight[:, None, None, None]).sum(-1)
+
+
+def stripes(batch: int, generator: torch.Generator) -> Tensor:
+    """[B, 1, S, S] in [0, 1]: parallel stripes, half of them with hard edges."""
+    angle = uniform(0, math.pi, batch, generator)
+    straight = torch.rand(batch, 1, 1, 1, generator=generator) < 0.6
+    angle = torch.where(straight, (angle / (math.pi / 2)).round() * (math.pi / 2), angle)
+    period = uniform(2, 9, batch, generator)
+    phase = uniform(0, 2 * math.pi, batch, generator)
+    pixel = torch.arange(IMAGE_SIZE).float()
+    along = pixel[:, None] * angle.sin() + pixel[None, :] * angle.cos()
+    wave = 0.5 + 0.5 * torch.sin(2 * math.pi * along / period + phase)
+    hard = torch.rand(batch, 1, 1, 1, generator=generator) < 0.5
+    return torch.where(hard, (wave > 0.6).float(), wave)
 
 
 def window(batch: int, generator: torch.Generator) -> Tensor:
