@@ -1,6 +1,6 @@
 """Train the preference model: ``python -m tools.tiny.preference_training --out FOLDER``.
 
-The shipped one is ``--out gardo/tiny/preference`` with the defaults: three minutes on one idle core.
+The shipped one is ``--out gardo/tiny/preference`` with the defaults: three minutes on one core.
 Images drawn for one prompt are compared two by two; which one is preferred is drawn by the
 Bradley-Terry model from their hidden qualities (`tools.tiny.preference_data`).
 """
