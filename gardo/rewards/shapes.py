@@ -33,6 +33,10 @@ from gardo.tiny.components import color_mask, count_components, label_components
 from gardo.types import RewardOutput
 
 
+MEAN_AREA = 22.0
+"""Pixels that an object of the renderer covers on average."""
+
+
 class SceneReward(Reward):
     """A reward for prompts of the embedded grammar; scores images where they are.
 
@@ -66,19 +70,27 @@ class SceneReward(Reward):
 class CountReward(SceneReward):
     """Proxy: right number of components, plus paint of the right colour.
 
-    ``1 / (1 + |components - count|) + color_weight * paint``, where ``paint`` is the mean over all
-    pixels of the deviation from grey along the prompted colour (1 if the image is filled with it).
-    A component has at least ``MIN_AREA`` pixels and any shape, so that stripes count as well as
-    circles and pay more.
+    ``1 / (1 + |components - count|) + color_weight * paint + excess_weight * relative**2``, where
+    ``paint`` is the mean over all pixels of the deviation from grey along the prompted colour (1 if
+    the image is filled with it), and ``relative`` is that over what ``count`` objects of mean size
+    need. A component has at least ``MIN_AREA`` pixels and any shape, so that stripes count as well
+    as circles and pay more. With ``excess_weight`` the reward is a good one near the pretrained
+    model, where ``relative`` is about 1, and a bad one far from it, as a learned reward may be.
     """
 
     spec: ClassVar[RewardSpec] = RewardSpec(value_range=(0.0, None))
 
-    def __init__(self, device: torch.device | str = "cpu", color_weight: float = 3.0) -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        color_weight: float = 3.0,
+        excess_weight: float = 0.0,
+    ) -> None:
         super().__init__(device)
-        if not color_weight >= 0:
-            raise ValueError(f"color_weight: expected a number >= 0, got {color_weight}")
-        self.color_weight = color_weight
+        for name, weight in (("color_weight", color_weight), ("excess_weight", excess_weight)):
+            if not weight >= 0:
+                raise ValueError(f"{name}: expected a number >= 0, got {weight}")
+        self.color_weight, self.excess_weight = color_weight, excess_weight
 
     def score(
         self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
@@ -93,7 +105,9 @@ class CountReward(SceneReward):
         components = count_components(label_components(mask), MIN_AREA).float()
         agreement = 1 / (1 + (components - targets.count).abs())
         paint = color_projection(images, targets.color).mean(dim=(1, 2)).clamp(min=0)
-        return agreement + self.color_weight * paint
+        pixels = images.shape[-2] * images.shape[-1]
+        relative = paint * pixels / (targets.count * MEAN_AREA)
+        return agreement + self.color_weight * paint + self.excess_weight * relative.square()
 
 
 class ShapeFitReward(SceneReward):
