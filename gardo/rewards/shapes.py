@@ -32,7 +32,6 @@ from gardo.rewards.objects import (
 from gardo.tiny.components import color_mask, count_components, label_components
 from gardo.types import RewardOutput
 
-
 MEAN_AREA = 22.0
 """Pixels that an object of the renderer covers on average."""
 

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from gardo.rewards.objects import MIN_AREA
+from gardo.rewards.objects import MIN_AREA, color_projection
 from gardo.rewards.registry import build_reward
+from gardo.rewards.shapes import MEAN_AREA
 from gardo.tiny.scenes import COLORS, Scene
 from tests.rewards import images as im
 
@@ -39,6 +40,26 @@ def test_count_is_agreement_plus_weighted_paint() -> None:
                 build_reward("count", color_weight=weight), image, [Scene(count, "red", "square")]
             )
             assert got.item() == pytest.approx(agreement + weight * 32 / 576, abs=1e-6)
+
+
+def test_count_may_pay_for_more_paint_than_the_objects_need() -> None:
+    image = blocks((2, 2), (12, 12))
+    for count in (1, 2, 5):
+        scene = [Scene(count, "red", "square")]
+        plain = im.score(build_reward("count", color_weight=0.0), image, scene)
+        paid = im.score(build_reward("count", color_weight=0.0, excess_weight=0.25), image, scene)
+        # 32 pixels, where the renderer's objects have 22 on average
+        assert (paid - plain).item() == pytest.approx(0.25 * (32 / (22 * count)) ** 2, abs=1e-6)
+    for name in ("color_weight", "excess_weight"):
+        with pytest.raises(ValueError, match=f"{name}: expected a number >= 0, got -1"):
+            build_reward("count", **{name: -1.0})
+
+
+def test_the_mean_area_is_that_of_the_renderers_objects(real: torch.Tensor) -> None:
+    scenes = im.SCENES
+    coverage = color_projection(real, torch.tensor([COLORS[s.color] for s in scenes]))
+    each = coverage.clamp(min=0).sum((1, 2)) / torch.tensor([float(s.count) for s in scenes])
+    assert each.mean().item() == pytest.approx(MEAN_AREA, rel=0.03)
 
 
 def test_count_ignores_specks() -> None:
