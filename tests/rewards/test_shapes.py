@@ -11,6 +11,7 @@ from gardo.rewards.objects import MIN_AREA, color_projection
 from gardo.rewards.registry import build_reward
 from gardo.rewards.shapes import MEAN_AREA
 from gardo.tiny.scenes import COLORS, Scene
+from gardo.types import UserError
 from tests.rewards import images as im
 
 RULES = ("count", "shape_fit", "clean", "strict_count", "artifact")
@@ -51,7 +52,7 @@ def test_count_may_pay_for_more_paint_than_the_objects_need() -> None:
         # 32 pixels, where the renderer's objects have 22 on average
         assert (paid - plain).item() == pytest.approx(0.25 * (32 / (22 * count)) ** 2, abs=1e-6)
     for name in ("color_weight", "excess_weight"):
-        with pytest.raises(ValueError, match=f"{name}: expected a number >= 0, got -1"):
+        with pytest.raises(UserError, match=f"{name}: expected a number >= 0, got -1"):
             build_reward("count", **{name: -1.0})
 
 
