@@ -250,7 +250,7 @@ def test_an_odd_and_hacked_sample_is_not_rewarded_for_being_odd():
         advantage = shape.shape(fooled, worse, ids, odd).advantage
         sums[diversity] = float(advantage[hacked].sum())
     assert sums[True] > 1.5 * sums[False]
-    assert sums["supported"] == pytest.approx(sums[False], rel=0.05)
+    assert sums["supported"] == pytest.approx(sums[False], rel=0.1)
 
 
 # --- all together --------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def test_without_a_terminal_each_epoch_is_one_line():
 def test_figures_that_a_run_may_have_are_on_the_line():
     row = {**METRICS, "kl/gradient_share": 0.2961, "cap/share": 0.1406}
     assert format_summary(row, "count") == (
-        "reward 0.613  gate 7.8%  kl 1.3e-04  share 0.30  cap 14%  41.3 img/s"
+        "reward 0.613  gate 7.8%  kl 1.3e-04  grad share 0.30  cap 14%  41.3 img/s"
     )
     row |= {"kl/gradient_share": None, "cap/share": 0.0}
     assert format_summary(row, "count").endswith("kl 1.3e-04  cap 0%  41.3 img/s")

@@ -176,12 +176,14 @@ def not_finite(updates: list[list[int]], what: str, rank: int = 0) -> None:
         def backward(context, gradient):
             return gradient * torch.inf
 
-    now = [None]
+    now = []  # the update that is made, and its rows
     update = gardo.trainer.update_if_finite
 
     def noted(algorithm, health, epoch, data, index, stats):
         now[:] = [[epoch, index], data.rollout.plan.updates[index]]
-        return update(algorithm, health, epoch, data, index, stats)
+        made = update(algorithm, health, epoch, data, index, stats)
+        now.clear()
+        return made
 
     gardo.trainer.update_if_finite = noted
 
@@ -190,6 +192,8 @@ def not_finite(updates: list[list[int]], what: str, rank: int = 0) -> None:
 
         def loss(self, data, batch, step_index):
             out = function(self, data, batch, step_index)
+            if not now:
+                return out
             rows = now[1]
             last = int(batch.rows[0]) + len(batch.rows) >= rows.stop
             if now[0] in updates and step_index == 0 and last and self.runtime.rank == rank:
