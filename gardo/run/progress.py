@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -201,7 +202,7 @@ class EpochProgress:
 
 
 def format_summary(metrics: Mapping[str, Any], proxy: str) -> str:
-    """The main metrics of an epoch on one line; what is missing or null is left out."""
+    """The main metrics of an epoch on one line; what is missing, null or NaN is left out."""
     shown = [
         (f"reward/{proxy}/mean", "reward {:.3f}"),
         ("gate/share", "gate {:.1%}"),
@@ -210,9 +211,9 @@ def format_summary(metrics: Mapping[str, Any], proxy: str) -> str:
         ("cap/share", "cap {:.0%}"),
         ("images_per_second", "{:.1f} img/s"),
     ]
-    return "  ".join(
-        text.format(float(metrics[key])) for key, text in shown if metrics.get(key) is not None
-    )
+    values = [(metrics.get(key), text) for key, text in shown]
+    known = [(float(value), text) for value, text in values if value is not None]
+    return "  ".join(text.format(value) for value, text in known if not math.isnan(value))
 
 
 def format_times(times: Mapping[str, float]) -> str:

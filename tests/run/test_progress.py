@@ -133,8 +133,9 @@ def test_figures_that_a_run_may_have_are_on_the_line():
     assert format_summary(row, "count") == (
         "reward 0.613  gate 7.8%  kl 1.3e-04  grad share 0.30  cap 14%  41.3 img/s"
     )
-    row |= {"kl/gradient_share": None, "cap/share": 0.0}
-    assert format_summary(row, "count").endswith("kl 1.3e-04  cap 0%  41.3 img/s")
+    for unknown in (None, float("nan")):
+        row |= {"kl/gradient_share": unknown, "cap/share": 0.0}
+        assert format_summary(row, "count").endswith("kl 1.3e-04  cap 0%  41.3 img/s")
 
 
 def test_metrics_come_back_with_times_of_their_own_epoch():
